@@ -1,0 +1,664 @@
+"""ARM: autoregressive pretraining of Vision Mamba (Ren et al., ICLR 2025, arXiv 2406.07537), the whole model.
+
+An image is cut into patches, and neighbouring patches are grouped into square clusters. A causal Mamba reads one
+cluster after another, and a small decoder predicts the pixels of the next cluster (`ARM`). The same encoder, given
+four scan directions and a classifier, is then finetuned for recognition (`ARMClassifier`).
+
+    model = ARM(**MODELS["arm_base"])                 # pretraining
+    loss = model(images)                              # images: (B, 3, 192, 192), normalised
+    model = ARMClassifier(**MODELS["arm_base"])       # finetuning
+    load_weights(model, "pretrained.pth")             # ours or the authors' released checkpoints
+    logits = model(images)                            # images: (B, 3, 224, 224)
+
+The letters:
+    B   images in a batch           L   tokens in a sequence
+    D   channels of a token (dim)   E   channels of a decoder token (decoder_dim)
+    P   pixels along a patch side   G   scan directions of a mixer, 1 or 4
+    N   states of a channel, 16     R   rank of the step size delta, ceil(D / 16)
+    A, B, C, D, delta and h also name the selective scan's own quantities, as in the Mamba paper (Gu & Dao, 2023).
+
+Sections, equations and algorithms are those of the ARM paper unless another is named.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+MODELS = {  # name: arguments of ARM and of ARMClassifier
+    "arm_tiny": dict(dim=128, depth=6),  # for the demonstration, not in the paper
+    "arm_small": dict(dim=384, depth=12),  # for small data sets, not in the paper
+    "arm_base": dict(dim=768, depth=12),
+    "arm_large": dict(dim=1024, depth=24),
+    "arm_huge": dict(dim=1536, depth=24),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token orders. An order is a permutation of raster positions: sequence[i] = raster[order[i]].
+
+
+def cluster_order(grid, cluster_size):
+    """The order in which pretraining reads patches: cluster by cluster, row by row inside each (section 3.2).
+
+    grid: patches along an image side; cluster_size: patches along a cluster side.
+    Returns a LongTensor (grid * grid,). Raises ValueError where clusters do not tile the grid.
+    """
+    if cluster_size < 1 or grid % cluster_size:
+        raise ValueError(f"clusters of {cluster_size}x{cluster_size} patches do not tile {grid}x{grid} patches: "
+                         f"choose a cluster size that divides {grid}")
+    n = grid // cluster_size
+    raster = torch.arange(grid * grid).view(n, cluster_size, n, cluster_size)  # (cluster row, row, cluster col, col)
+    return raster.transpose(1, 2).flatten()
+
+
+def scan_orders(grid):
+    """The four orders in which finetuning scans: rows forward, rows backward, columns forward, columns backward.
+
+    The sequence holds grid * grid patches and a CLS token, which has the middle place, grid * grid // 2, in the raster
+    sequence and in each of the four. Returns a LongTensor (4, grid * grid + 1).
+    """
+    rows = torch.arange(grid * grid)
+    columns = rows.view(grid, grid).T.flatten()
+    patches = torch.stack([rows, rows.flip(0), columns, columns.flip(0)])  # (4, L - 1)
+    middle = grid * grid // 2
+    patches = patches + (patches >= middle)  # places in the sequence with CLS
+    return torch.cat([patches[:, :middle], torch.full((4, 1), middle), patches[:, middle:]], dim=1)  # (4, L)
+
+
+def inverse_order(order):
+    """The permutation that undoes `order`, along the last dimension: raster[i] = sequence[inverse[i]]."""
+    return order.argsort(dim=-1)
+
+
+def sincos_position(dim, grid):
+    """Fixed 2-D sin-cos position code of grid x grid patches in raster order: (grid * grid, dim), dim in fours."""
+    if dim % 4:
+        raise ValueError(f"the 2-D position code needs a number of channels that 4 divides, not {dim}")
+    omega = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))  # (D / 4,)
+    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega  # (L, D / 4)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (L, D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The selective scan: a linear recurrence whose coefficients depend on the input.
+
+
+class SelectiveScan(torch.autograd.Function):
+    """h_t = exp(delta_t A) h_{t-1} + (delta_t x_t) B_t,  y_t = h_t C_t: token by token, and backward by hand.
+
+    Only every CHUNK-th state is kept for the backward pass, which computes those between again. So a step's numbers
+    stay in the cache, and the loop takes a third of the time on a CPU that it takes when left to autograd.
+    """
+
+    CHUNK = 16
+
+    @staticmethod
+    def forward(ctx, delta, dx, A, B, C):
+        """delta, dx = delta x: (B, G, L, D); A: (G, D, N); B, C: (B, G, L, N). Returns y: (B, G, L, D)."""
+        h = dx.new_zeros(len(dx), *A.shape)  # (B, G, D, N)
+        y, kept = torch.empty_like(dx), []
+        for t in range(dx.shape[2]):
+            if t % SelectiveScan.CHUNK == 0:
+                kept.append(h)
+            h = SelectiveScan.step(h, torch.exp(delta[:, :, t, :, None] * A), dx, B, t)
+            y[:, :, t] = (h @ C[:, :, t, :, None]).squeeze(-1)  # (B, G, D)
+        ctx.save_for_backward(delta, dx, A, B, C, *kept)
+        return y
+
+    @staticmethod
+    def step(h, decay, dx, B, t):
+        """The state after token t: (B, G, D, N)."""
+        return torch.addcmul(dx[:, :, t, :, None] * B[:, :, t, None, :], decay, h)
+
+    @staticmethod
+    def backward(ctx, dy):
+        """The gradient g of the state obeys the same recurrence, run from the last token to the first."""
+        delta, dx, A, B, C, *kept = ctx.saved_tensors
+        grad_delta, grad_dx, grad_B, grad_C = map(torch.empty_like, (delta, dx, B, C))
+        g, grad_A = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])  # (B, G, D, N)
+        for chunk in reversed(range(len(kept))):
+            start = chunk * SelectiveScan.CHUNK
+            stop = min(start + SelectiveScan.CHUNK, dx.shape[2])
+            states, decays = [kept[chunk]], []
+            for t in range(start, stop):
+                decays.append(torch.exp(delta[:, :, t, :, None] * A))
+                states.append(SelectiveScan.step(states[-1], decays[-1], dx, B, t))
+            for t in reversed(range(start, stop)):
+                dy_t = dy[:, :, t, :, None]  # (B, G, D, 1)
+                g.addcmul_(dy_t, C[:, :, t, None, :])
+                grad_C[:, :, t] = (dy_t.mT @ states.pop()).squeeze(-2)
+                grad_B[:, :, t] = (dx[:, :, t, None, :] @ g).squeeze(-2)
+                grad_dx[:, :, t] = (g @ B[:, :, t, :, None]).squeeze(-1)
+                g *= decays.pop()  # from here on the gradient of the state before token t
+                grad_exponent = g * states[-1]
+                grad_delta[:, :, t] = (grad_exponent * A).sum(-1)
+                grad_A.addcmul_(grad_exponent, delta[:, :, t, :, None])
+        return grad_delta, grad_dx, grad_A.sum(0), grad_B, grad_C
+
+
+def selective_scan(x, dt, dt_bias, A, B, C, D):
+    """The selective scan with its step size and skip (Mamba, algorithm 2), of G sequences with parameters of their own.
+
+    x, dt: (B, G, L, D), dt before its bias and the softplus; dt_bias, D: (G, D); A: (G, D, N), negative; B, C:
+    (B, G, L, N). Returns (B, G, L, D) in the dtype of x; inside, everything is float32 (or float64, if x is).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x32, dt, dt_bias, A, B, C, D = (t.to(dtype) for t in (x, dt, dt_bias, A, B, C, D))
+        delta = F.softplus(dt + dt_bias[:, None])  # (B, G, L, D)
+        y = SelectiveScan.apply(delta, delta * x32, A, B, C) + D[:, None] * x32
+        return y.to(x.dtype)
+
+
+def causal_conv1d(x, weight, bias):
+    """SiLU of a depthwise convolution in which a token sees itself and the width - 1 tokens before it.
+
+    x: (B, G, L, D); weight: (G, D, width); bias: (G, D). Returns (B, G, L, D).
+    """
+    length, width = x.shape[2], weight.shape[-1]
+    past = F.pad(x, (0, 0, width - 1, 0))  # (B, G, width - 1 + L, D)
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    y = sum(past[:, :, k : k + length] * weight[:, None, :, k] for k in range(width))
+    return F.silu(y + bias[:, None])
+
+
+def mamba_ssm_scan(x, dt, dt_bias, A, B, C, D):
+    """`selective_scan` by the mamba-ssm package's CUDA kernel, all directions in one call as its groups."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def channels_first(t):  # (B, G, L, D) -> (B, G * D, L), as the kernel reads it
+        return t.transpose(2, 3).flatten(1, 2)
+
+    B, C = (t.to(x.dtype).transpose(2, 3).contiguous() for t in (B, C))  # (B, G, N, L)
+    y = selective_scan_fn(channels_first(x), channels_first(dt.to(x.dtype)), A.float().flatten(0, 1), B, C,
+                          D.float().flatten(), delta_bias=dt_bias.float().flatten(), delta_softplus=True)
+    return y.unflatten(1, x.shape[1::2]).transpose(2, 3)
+
+
+def mamba_ssm_conv1d(x, weight, bias):
+    """`causal_conv1d` by the causal-conv1d package's CUDA kernel."""
+    from causal_conv1d import causal_conv1d_fn
+
+    weight, bias = weight.to(x.dtype).flatten(0, 1), bias.to(x.dtype).flatten()
+    y = causal_conv1d_fn(x.transpose(2, 3).flatten(1, 2), weight, bias, activation="silu")
+    return y.unflatten(1, x.shape[1::2]).transpose(2, 3)
+
+
+def kernels(device):
+    """The convolution and the scan that run on `device`: mamba-ssm's on CUDA where they are installed, else PyTorch's.
+
+    The environment variable ARM_SCAN=torch or ARM_SCAN=mamba_ssm forces a choice. Raises ValueError for another value,
+    or where mamba_ssm is asked for and cannot run.
+    """
+    choice = os.environ.get("ARM_SCAN", "")
+    if choice not in ("", "torch", "mamba_ssm"):
+        raise ValueError(f"ARM_SCAN={choice} is not a scan: use torch or mamba_ssm")
+    if choice != "torch" and device.type == "cuda":
+        try:
+            import causal_conv1d as _, mamba_ssm as _  # noqa: E401, F401
+            return mamba_ssm_conv1d, mamba_ssm_scan
+        except ImportError:
+            pass
+    if choice == "mamba_ssm":
+        raise ValueError("ARM_SCAN=mamba_ssm needs a CUDA device and the packages mamba-ssm and causal-conv1d")
+    return causal_conv1d, selective_scan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mixer and the block (section 3.1)
+
+
+def linear(in_features, out_features, bias=True):
+    """nn.Linear with PyTorch's initial weight and a zero bias."""
+    layer = nn.Linear(in_features, out_features, bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Direction(nn.Module):
+    """What one scan direction owns: convolution, the projections that make delta, B and C, A and the skip D."""
+
+    def __init__(self, dim, state_size=16, conv_width=4):
+        super().__init__()
+        rank = math.ceil(dim / 16)
+        self.conv1d = nn.Conv1d(dim, dim, conv_width, groups=dim)
+        self.x_proj = linear(dim, rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, dim)
+        self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(dim, 1))  # (D, N)
+        self.D = nn.Parameter(torch.ones(dim))
+
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        delta = torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # softplus of it is delta
+
+
+class Mamba(nn.Module):
+    """The Mamba mixer (Mamba, algorithm 2; expansion 1), which scans in one direction or in four (section 3.3).
+
+    One direction: causal, in the order in which the tokens come. Four: each direction reads its own permutation with
+    parameters of its own; the outputs are put back and averaged. Input, output and gate projections are shared.
+    """
+
+    def __init__(self, dim, depth, directions=1):
+        super().__init__()
+        self.in_proj = linear(dim, 2 * dim, bias=False)
+        self.directions = nn.ModuleList(Direction(dim) for _ in range(directions))
+        self.out_proj = linear(dim, dim, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+
+    def stack(self, name):
+        """The parameter `name` of all directions: (G, ...)."""
+        return torch.stack([direction.get_parameter(name) for direction in self.directions])
+
+    def forward(self, u, orders=None):
+        """u: (B, L, D); orders: (G, L), one permutation for each direction, or None for one direction as it comes."""
+        conv1d, scan = kernels(u.device)
+        x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, L, D) each
+        x = x[:, None] if orders is None else x[:, orders]  # (B, G, L, D)
+        x = conv1d(x, self.stack("conv1d.weight").squeeze(2), self.stack("conv1d.bias"))
+        A = -self.stack("A_log").exp()  # (G, D, N)
+        state_size = A.shape[-1]
+        rank = self.directions[0].dt_proj.in_features
+        dt_B_C = torch.einsum("bgld,gnd->bgln", x, self.stack("x_proj.weight"))  # (B, G, L, R + 2 N)
+        dt, B, C = dt_B_C.split([rank, state_size, state_size], dim=-1)
+        dt = torch.einsum("bglr,gdr->bgld", dt, self.stack("dt_proj.weight"))  # (B, G, L, D)
+        y = scan(x, dt, self.stack("dt_proj.bias"), A, B, C, self.stack("D"))  # (B, G, L, D)
+        if orders is not None:
+            direction = torch.arange(len(orders), device=y.device)[:, None]  # (G, 1)
+            y = y[:, direction, inverse_order(orders)]  # (B, G, L, D), back in raster order
+        return self.out_proj(y.mean(dim=1) * F.silu(z))  # (B, L, D)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), with biases and a hidden width of dim * 4 * 2 // 3."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = dim * 4 * 2 // 3
+        self.w1, self.w2, self.w3 = linear(dim, hidden), linear(dim, hidden), linear(hidden, dim)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim, depth, directions=1):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mixer = Mamba(dim, depth, directions)
+        self.mlp = SwiGLU(dim)
+
+    def forward(self, x, orders=None, branch_scale=None):
+        """x: (B, L, D); orders as in Mamba; branch_scale: (B, 2), each image's factors for the two branches, or None.
+        """
+        mixed, mlp = (1, 1) if branch_scale is None else branch_scale[..., None, None].unbind(1)  # (B, 1, 1) each
+        x = x + mixed * self.mixer(self.norm1(x), orders)
+        return x + mlp * self.mlp(self.norm2(x))
+
+
+def patch_embedding(dim, patch_size):
+    """The P x P convolution, stride P, that makes a token of each patch; LeCun-normal weight, zero bias."""
+    conv = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+    std = math.sqrt(1 / (3 * patch_size**2)) / 0.87962566103423978  # a normal cut at 2 std has 0.88 of its spread
+    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def patch_grid(image_size, patch_size):
+    """Patches along an image side. Raises ValueError where patches do not tile the image."""
+    if patch_size < 1 or image_size < patch_size or image_size % patch_size:
+        raise ValueError(f"patches of {patch_size}x{patch_size} pixels do not tile an image of {image_size}x"
+                         f"{image_size}: choose an image size that is a multiple of the patch size")
+    return image_size // patch_size
+
+
+def embed_patches(patch_embed, images, image_size):
+    """images: (B, 3, H, W) -> (B, L, D) in raster order. Raises ValueError for another size than the model's."""
+    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
+        raise ValueError(f"this model reads images of shape (batch, 3, {image_size}, {image_size}), "
+                         f"not {tuple(images.shape)}")
+    return patch_embed(images).flatten(2).mT
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pretraining: predict the next cluster (section 3.2)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to features, in heads of 64 channels."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.num_heads = dim // 64
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, query, features, mask):
+        """query: (B, T, E); features: (B, S, E); mask: (T, S), true where a query may look. Returns (B, T, E)."""
+        q, k, v = (t.unflatten(-1, (self.num_heads, 64)).transpose(1, 2)  # (B, heads, T or S, 64)
+                   for t in (self.q(query), *self.kv(features).chunk(2, dim=-1)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention to one tap of the encoder, then an MLP. There is no self-attention."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm_query, self.norm_features, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
+        self.attention = CrossAttention(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, query, features, mask):
+        query = query + self.attention(self.norm_query(query), self.norm_features(features), mask)
+        return query + self.mlp(self.norm_mlp(query))
+
+
+class ARM(nn.Module):
+    """The pretraining model: a causal Mamba reads clusters 1..k, a decoder predicts the pixels of cluster k + 1.
+
+    image_size, patch_size in pixels; cluster_size in patches along a side; dim, depth: the encoder's; decoder_dim,
+    decoder_depth: the decoder's width (in 64s) and blocks. Raises ValueError where these do not fit together.
+    """
+
+    def __init__(self, image_size=192, patch_size=16, cluster_size=4, dim=768, depth=12, decoder_dim=512,
+                 decoder_depth=4):
+        super().__init__()
+        self.image_size, self.patch_size = image_size, patch_size
+        self.grid = patch_grid(image_size, patch_size)
+        order = cluster_order(self.grid, cluster_size)
+        if self.grid == cluster_size:
+            raise ValueError(f"one cluster of {cluster_size}x{cluster_size} patches fills the whole image of "
+                             f"{self.grid}x{self.grid}: choose a smaller cluster size, so that there is a next one")
+        if decoder_dim < 64 or decoder_dim % 64:
+            raise ValueError(f"the decoder has heads of 64 channels: its width must be a multiple of 64, "
+                             f"not {decoder_dim}")
+        if not 1 <= decoder_depth <= depth // 2 + 1:
+            raise ValueError(f"a decoder of {decoder_depth} blocks cannot tap an encoder of {depth} from its middle "
+                             f"to its end: choose 1 to {depth // 2 + 1}")
+        self.cluster_tokens = cluster_size**2
+        self.register_buffer("order", order, persistent=False)  # (L,)
+        cluster = torch.arange(len(order) - self.cluster_tokens) // self.cluster_tokens
+        # Query i is of target cluster 2 + cluster[i], feature j of cluster 1 + cluster[j]: it must come earlier.
+        self.register_buffer("mask", cluster[None, :] <= cluster[:, None], persistent=False)
+
+        self.patch_embed = patch_embedding(dim, patch_size)
+        self.register_buffer("pos_embed", sincos_position(dim, self.grid)[None])  # (1, L, D)
+        self.layers = nn.ModuleList(Block(dim, depth) for _ in range(depth))
+
+        between = depth / 2 / max(decoder_depth - 1, 1)
+        self.taps = [depth - round(between * k) for k in reversed(range(decoder_depth))]  # blocks counted from 1
+        self.tap_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.taps)
+        self.tap_proj = linear(decoder_depth * dim, decoder_depth * decoder_dim)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, decoder_dim), std=0.02))
+        self.register_buffer("decoder_pos_embed", sincos_position(decoder_dim, self.grid)[None], persistent=False)
+        self.decoder = nn.ModuleList(DecoderBlock(decoder_dim) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim)
+        self.pixel_proj = linear(decoder_dim, 3 * patch_size**2)
+
+    def forward(self, images):
+        """images: (B, 3, H, W), normalised -> the loss, a scalar: mean squared error of all predicted patches."""
+        return F.mse_loss(self.predict(images), self.normalized_targets(images)[0])
+
+    def predict(self, images):
+        """images: (B, 3, H, W) -> normalised pixels (B, T, P * P * 3) of the T tokens after the first cluster, in
+        cluster order. Those of cluster k + 1 are computed from clusters 1..k alone.
+        """
+        # Encoder: all clusters but the last, which nothing is predicted from.
+        x = embed_patches(self.patch_embed, images, self.image_size) + self.pos_embed  # (B, L, D)
+        x = x[:, self.order[: -self.cluster_tokens]]  # (B, T, D)
+        tapped = []
+        for i, layer in enumerate(self.layers, start=1):
+            x = layer(x)
+            if i in self.taps:
+                tapped.append(self.tap_norms[len(tapped)](x))
+
+        # Decoder: block k reads channels k, k + 4, k + 8, ... of the projected taps.
+        features = self.tap_proj(torch.cat(tapped, dim=-1)).unflatten(-1, (-1, len(self.taps)))  # (B, T, E, 4)
+        query = self.mask_token + self.decoder_pos_embed[:, self.order[self.cluster_tokens :]]  # (1, T, E)
+        query = query.expand(len(images), -1, -1)
+        for block, feature in zip(self.decoder, features.unbind(-1)):
+            query = block(query, feature, self.mask)
+        return self.pixel_proj(self.decoder_norm(query))  # (B, T, P * P * 3)
+
+    def normalized_targets(self, images):
+        """images: (B, 3, H, W) -> target patches (B, T, P * P * 3), each minus its mean and over its spread; and those
+        means and spreads, (B, T, 1) each.
+        """
+        patches = F.pixel_unshuffle(images, self.patch_size)  # (B, 3 * P * P, rows, columns)
+        patches = patches.unflatten(1, (3, -1)).flatten(3).permute(0, 3, 2, 1).flatten(2)  # (B, L, P * P * 3)
+        patches = patches[:, self.order[self.cluster_tokens :]]  # (B, T, P * P * 3)
+        mean = patches.mean(dim=-1, keepdim=True)
+        spread = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        return (patches - mean) / spread, mean, spread
+
+    @torch.no_grad()
+    def reconstruct(self, images):
+        """images: (B, 3, H, W) -> (B, 3, H, W): each patch as it is predicted, given back its own mean and spread. The
+        first cluster, which is read and never predicted, is left at 0.
+        """
+        _, mean, spread = self.normalized_targets(images)
+        patches = self.predict(images).float() * spread + mean  # (B, T, P * P * 3)
+        patches = F.pad(patches, (0, 0, self.cluster_tokens, 0))[:, inverse_order(self.order)]  # (B, L, P * P * 3)
+        patches = patches.unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)  # (B, L, 3 * P * P)
+        return F.pixel_shuffle(patches.mT.unflatten(2, (self.grid, self.grid)), self.patch_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finetuning: four directions and a classifier (section 3.3)
+
+
+class ARMClassifier(nn.Module):
+    """The finetuning model: the same encoder in raster order with a CLS token in the middle, scanned four ways.
+
+    image_size, patch_size in pixels; drop_path: stochastic depth of the last block, in training; pool: "mean" (the
+    mean of the tokens before CLS and the mean of those after it, averaged) or "cls". Raises ValueError where these do
+    not fit together.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_classes=1000, drop_path=0.0, pool="mean"):
+        super().__init__()
+        if pool not in ("mean", "cls"):
+            raise ValueError(f'pool must be "mean" or "cls", not "{pool}"')
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is a rate from 0 to below 1, not {drop_path}")
+        self.image_size, self.pool = image_size, pool
+        self.grid = patch_grid(image_size, patch_size)
+        self.register_buffer("orders", scan_orders(self.grid), persistent=False)  # (4, L)
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        self.drop_path_rates = [0.0, *rates[:-1]]  # block i has the rate of block i - 1, as in the released code
+
+        self.patch_embed = patch_embedding(dim, patch_size)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.pos_embed = nn.Parameter(with_cls(sincos_position(dim, self.grid)[None], torch.zeros(1, 1, dim)))
+        self.layers = nn.ModuleList(Block(dim, depth, directions=4) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = linear(dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward(self, images, branch_scale=None):
+        """images: (B, 3, H, W), normalised -> logits (B, num_classes). branch_scale: as draw_drop_path returns it;
+        in training it is drawn here where it is not given.
+        """
+        x = self.encode(images, branch_scale)  # (B, L, D)
+        middle = self.grid**2 // 2
+        if self.pool == "cls":
+            return self.head(x[:, middle])
+        return self.head((x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2)
+
+    def features(self, images):
+        """images: (B, 3, H, W) -> the patch tokens after the final norm, as a map: (B, rows, columns, dim)."""
+        x = without_cls(self.encode(images))
+        return x.unflatten(1, (self.grid, self.grid))
+
+    def encode(self, images, branch_scale=None):
+        """images: (B, 3, H, W) -> all tokens after the final norm, in raster order, CLS in the middle: (B, L, D)."""
+        if branch_scale is None and self.training and self.drop_path_rates[-1] > 0:
+            branch_scale = self.draw_drop_path(len(images)).to(images.device)
+        x = embed_patches(self.patch_embed, images, self.image_size)
+        x = with_cls(x, self.cls_token.expand(len(x), -1, -1)) + self.pos_embed  # (B, L, D)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.orders, None if branch_scale is None else branch_scale[:, i])
+        return self.norm(x)
+
+    def draw_drop_path(self, batch, generator=None):
+        """Stochastic depth for `batch` images: the factor of each branch, 0 or 1 / (1 - rate): (batch, depth, 2)."""
+        keep = 1 - torch.tensor(self.drop_path_rates)[:, None]  # (depth, 1)
+        return (torch.rand(batch, len(keep), 2, generator=generator) < keep) / keep
+
+
+def with_cls(patches, cls):
+    """patches: (B, L - 1, D), cls: (B, 1, D) -> (B, L, D), CLS in the middle."""
+    middle = patches.shape[1] // 2
+    return torch.cat([patches[:, :middle], cls, patches[:, middle:]], dim=1)
+
+
+def without_cls(tokens):
+    """tokens: (B, L, D) -> the patches alone, (B, L - 1, D)."""
+    middle = (tokens.shape[1] - 1) // 2
+    return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights: our own checkpoints and the authors' released ones
+
+RELEASED_NAMES = [  # (name in the released checkpoints, name here), regular expressions
+    (r"^patch_embed\.proj\.", "patch_embed."),
+    (r"^norm_f\.", "norm."),
+    (r"^norm_(\d+)\.", lambda m: f"tap_norms.{int(m[1]) - 1}."),
+    (r"^enc2dec\.", "tap_proj."),
+    (r"^ar_token$", "mask_token"),
+    (r"^ar_norm\.", "decoder_norm."),
+    (r"^ar_pred\.", "pixel_proj."),
+    (r"^dec_block\.(\d+)\.norm2_1\.", r"decoder.\1.norm_query."),
+    (r"^dec_block\.(\d+)\.norm2_2\.", r"decoder.\1.norm_features."),
+    (r"^dec_block\.(\d+)\.norm2\.", r"decoder.\1.norm_mlp."),
+    (r"^dec_block\.(\d+)\.attn2\.", r"decoder.\1.attention."),
+    (r"^dec_block\.(\d+)\.mlp\.fc1\.", r"decoder.\1.mlp.0."),
+    (r"^dec_block\.(\d+)\.mlp\.fc2\.", r"decoder.\1.mlp.2."),
+    (r"mixer\.(conv1d|x_proj|dt_proj|A|D)(|_b|_c|_c_b)((?:_log|\.weight|\.bias)?)$",
+     lambda m: f"mixer.directions.{['', '_b', '_c', '_c_b'].index(m[2])}.{m[1]}{m[3]}"),
+]
+ENCODER = ("patch_embed.", "layers.", "pos_embed")  # what every checkpoint must bring; all else may start fresh
+
+
+def rename_released(name):
+    """The name here of a parameter of the released checkpoints; names of our own come back as they are."""
+    for pattern, replacement in RELEASED_NAMES:
+        name, found = re.subn(pattern, replacement, name)
+        if found:
+            break
+    return name
+
+
+def read_checkpoint(path_or_url):
+    """A checkpoint file or URL as a dictionary on the CPU, read without running any code that it may hold.
+
+    Raises ValueError, in one sentence, for a file that is missing, damaged, or would need code to run.
+    """
+    name = str(path_or_url)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
+            if re.match(r"https?://", name):
+                checkpoint = torch.hub.load_state_dict_from_url(name, map_location="cpu", weights_only=True)
+            else:
+                checkpoint = torch.load(path_or_url, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"cannot read the checkpoint {name}: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if not code:
+            raise ValueError(f"{name} is not a checkpoint, or is damaged: torch.load cannot read it") from None
+        raise ValueError(f"refused {name}: it would run code when read ({code[1]}), where a checkpoint holds only "
+                         "tensors and plain values") from None
+    except Exception:  # torch.load raises many kinds for a damaged file
+        raise ValueError(f"{name} is not a checkpoint, or is damaged: torch.load cannot read it") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{name} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dictionary")
+    return checkpoint
+
+
+def resize_position(pos_embed, grid, cls):
+    """A position code (1, L, D), with or without CLS, bicubic-resized to grid x grid patches.
+
+    Returns (1, grid * grid, D), or with `cls` (1, grid * grid + 1, D), a CLS code of zero where there was none.
+    """
+    middle = pos_embed.new_zeros(1, 1, pos_embed.shape[-1])
+    if math.isqrt(pos_embed.shape[1]) ** 2 != pos_embed.shape[1]:
+        i = (pos_embed.shape[1] - 1) // 2
+        pos_embed, middle = without_cls(pos_embed), pos_embed[:, i : i + 1]
+    side = math.isqrt(pos_embed.shape[1])
+    if side != grid:
+        square = pos_embed.mT.unflatten(2, (side, side))  # (1, D, rows, columns)
+        pos_embed = F.interpolate(square, size=(grid, grid), mode="bicubic").flatten(2).mT
+    return with_cls(pos_embed, middle) if cls else pos_embed
+
+
+def load_weights(model, path_or_url, ema=False):
+    """Load a checkpoint, ours or a released one, pretrained or finetuned, into an ARM or an ARMClassifier.
+
+    Renames the released names, copies a pretrained direction to all four (section 3.3), resizes the position code, and
+    leaves the head fresh where the classes differ. `ema` takes the averaged weights of a finetuning checkpoint. Prints
+    one line: what was loaded, what stayed fresh and what was ignored. Returns the set of names that stayed fresh. Raises
+    ValueError, in one sentence, where the file cannot be read safely or its encoder is not this model's; the model is
+    then unchanged.
+    """
+    checkpoint = read_checkpoint(path_or_url)
+    part = "model_ema" if ema else "model"
+    if ema and part not in checkpoint:
+        raise ValueError(f"{path_or_url} holds no averaged weights (model_ema): load it without ema")
+    found = checkpoint.get(part, checkpoint)
+    found = {rename_released(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
+    if not any(k.startswith(ENCODER) for k in found):
+        raise ValueError(f"{path_or_url} holds no weights of an ARM model")
+
+    own = model.state_dict()
+    classifier = isinstance(model, ARMClassifier)
+    if "pos_embed" in found and found["pos_embed"].ndim == 3:
+        if classifier:
+            found["pos_embed"] = resize_position(found["pos_embed"], model.grid, cls=True)
+        else:
+            found["pos_embed"] = own["pos_embed"]  # fixed
+    loaded, fresh = {}, set()
+    for name, tensor in own.items():
+        source = name if name in found else re.sub(r"directions\.\d\.", "directions.0.", name)
+        if source in found and found[source].shape == tensor.shape:
+            loaded[name] = found[source]
+        elif source not in found and not name.startswith(ENCODER):
+            fresh.add(name.split(".")[0])
+        elif classifier and name.startswith("head."):
+            fresh.add("head")
+        elif source not in found:
+            raise ValueError(f"{path_or_url} does not fit this model: it has no {name}, here {tuple(tensor.shape)}")
+        else:
+            raise ValueError(f"{path_or_url} does not fit this model: {name} has shape {tuple(found[source].shape)} "
+                             f"there and {tuple(tensor.shape)} here")
+    ignored = found.keys() - own.keys()
+    deeper = sorted(k for k in ignored if k.startswith("layers.") and ".directions." not in k)
+    if deeper:
+        raise ValueError(f"{path_or_url} does not fit this model: it has {deeper[0]}, "
+                         f"{tuple(found[deeper[0]].shape)}, and this model does not")
+    if "head" in fresh:
+        loaded = {k: v for k, v in loaded.items() if not k.startswith("head.")}
+    model.load_state_dict(loaded, strict=False)
+    ignored = {"mixer.directions" if ".directions." in k else k.split(".")[0] for k in ignored}
+    print(f"Loaded {len(loaded)} of {len(own)} tensors from {path_or_url} ({part}); "
+          f"fresh: {', '.join(sorted(fresh)) or 'none'}; ignored: {', '.join(sorted(ignored)) or 'none'}.")
+    return fresh
