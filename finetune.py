@@ -30,7 +30,7 @@ RECIPES = {  # where the paper's recipe differs between models; it gives none fo
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
     "arm_huge": dict(layer_decay=0.75, drop_path=0.3),
 }
-DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=6, epochs=10, warmup_epochs=2, batch_size=32,
+DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, epochs=10, warmup_epochs=2, batch_size=32,
                      blr=4e-3, layer_decay=0.8, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
                      augment=0, workers=0, out="runs/demo_finetune")
 

@@ -40,7 +40,7 @@ RECIPES = {  # where the paper's recipe differs between models
     "arm_large": dict(batch_size=1024),
     "arm_huge": dict(batch_size=512, epochs=800),
 }
-DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=6, cluster_size=2, epochs=5, warmup_epochs=1,
+DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=5, warmup_epochs=1,
                      batch_size=64, blr=4e-3, workers=0, out="runs/demo_pretrain")
 
 
@@ -210,8 +210,8 @@ class Drawings:
 
         self.labels = torch.randperm(n, generator=g) % 10
         y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-        x, y = x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3)  # (n, size, size) each
-        angle, scale = uniform(0, 2 * math.pi), uniform(0.5, 0.8)
+        x, y = x - uniform(-0.15, 0.15), y - uniform(-0.15, 0.15)  # (n, size, size) each
+        angle, scale = uniform(-0.4, 0.4), uniform(0.7, 0.95)
         x, y = (x * angle.cos() + y * angle.sin()) / scale, (y * angle.cos() - x * angle.sin()) / scale
         radius, ax, ay = (x.square() + y.square()).sqrt(), x.abs(), y.abs()
         shapes = torch.stack([  # signed distances, roughly: negative inside
@@ -222,12 +222,12 @@ class Drawings:
             torch.minimum(torch.maximum(ax - 1, ay - 0.33), torch.maximum(ax - 0.33, ay - 1)),  # cross
         ])
         distance = shapes[self.labels % 5, torch.arange(n)]
-        pitch, phase = uniform(8, 11), uniform(0, 2 * math.pi)
+        pitch, phase = uniform(6, 8), uniform(0, 2 * math.pi)
         stripes = (pitch * x + phase).sin()
         checks = stripes * (pitch * y + phase).sin()
         texture = torch.where(self.labels[:, None, None] < 5, stripes, checks * 2)
         inside, light = torch.sigmoid(-distance * size / 3), torch.sigmoid(texture * 4)
-        ink, paper, background = (uniform(0, 1, 3) for _ in range(3))  # (n, 3, 1, 1)
+        ink, paper, background = uniform(0, 0.4, 3), uniform(0.6, 1, 3), uniform(0, 0.4, 3)  # (n, 3, 1, 1)
         filled = ink * light[:, None] + paper * (1 - light[:, None])
         image = background + (filled - background) * inside[:, None]
         image += 0.03 * torch.randn(image.shape, generator=g)
