@@ -1,0 +1,104 @@
+"""What the tests share: the golden values, small image folders, and a way to run the scripts as users do, but faster."""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(ROOT))
+
+# Scripts are run in children of a server that has already imported torch: each starts in a moment.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["pretrain", "finetune", "torch._dynamo"])
+
+
+def child(script, argv, env, output, before):
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *map(str, argv)]
+    module = __import__(script)
+    if before:
+        before(module)
+    module.run(module.main)
+
+
+class Running:
+    """A script that runs in a process of its own. before: called with the script's module first, in that process."""
+
+    def __init__(self, script, *argv, env=None, before=None):
+        handle, self.path = tempfile.mkstemp()
+        os.close(handle)
+        self.process = server.Process(target=child, args=(script, argv, env or {}, self.path, before))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self, timeout=120):
+        """Returns (exit code, what it printed)."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "still running: " + self.output()
+        return self.process.exitcode, self.output()
+
+    def output(self):
+        return Path(self.path).read_text()
+
+
+def script(name, *argv, env=None, before=None):
+    """Run a script to its end. Returns (exit code, what it printed)."""
+    return Running(name, *argv, env=env, before=before).wait()
+
+
+def processes(name, *argv, n=2, before=None):
+    """Start a script in n processes that know of each other, as torchrun would."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [Running(name, *argv, before=before, env=dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n),
+                                                        LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                                                        MASTER_PORT=str(port))) for r in range(n)]
+
+
+def golden_images(size):
+    """The formula of the golden values' input: two images, (2, 3, size, size)."""
+    b, c, i, j = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (2, 3, size, size)), indexing="ij")
+    x = torch.sin(0.05 * i * (c + 1) + 0.03 * j * (b + 1)) + 0.5 * torch.cos(0.11 * j - 0.07 * i * (b + 1) + c)
+    return x.float()
+
+
+def weights(path, part="model"):
+    return torch.load(path, weights_only=True)[part]
+
+
+def same_weights(a, b, part="model"):
+    """Whether two checkpoints hold the same weights, bit for bit."""
+    a, b = weights(a, part), weights(b, part)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def write_images(folder, n, seed=0, size=20):
+    from torchvision.io import write_png
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(n):
+        write_png(torch.randint(256, (3, size, size + 3), generator=generator).byte(), str(folder / f"{i:02}.png"))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """An image folder: train/ with 2 x 8 images, val/ with 2 x 5."""
+    root = tmp_path_factory.mktemp("images")
+    for c, name in enumerate(("cat", "dog")):
+        write_images(root / "train" / name, 8, seed=c)
+        write_images(root / "val" / name, 5, seed=10 + c)
+    return root

@@ -1,0 +1,419 @@
+"""arm.py: the model agrees with the released code to the digit, and is what its docstrings say."""
+
+import math
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, golden_images, weights
+
+from arm import (ARM, MODELS, ARMClassifier, Mamba, causal_conv1d, cluster_order, inverse_order, kernels, load_weights,
+                 mamba_ssm_conv1d, mamba_ssm_scan, rename_released, resize_position, scan_orders, selective_scan,
+                 sincos_position)
+from finetune import parameter_groups
+
+
+def small_arm(**changes):
+    return ARM(**dict(dict(image_size=192, dim=16, depth=12, decoder_dim=64), **changes))
+
+
+def small_classifier(image_size=224, **changes):
+    return ARMClassifier(image_size, **dict(dict(dim=16, depth=12, num_classes=10), **changes))
+
+
+# Golden values of the released code
+
+
+def test_pretraining_loss_predictions_and_gradients_agree_with_the_released_code():
+    expected = np.load(GOLDEN / "pretrain_expected.npz")
+    model, images = small_arm(), golden_images(192)
+    load_weights(model, GOLDEN / "official_pretrain.pth")
+    loss = model(images)
+    loss.backward()
+    assert abs(loss.item() - float(expected["loss"])) < 1e-5
+    assert (model.predict(images) - torch.from_numpy(expected["pred"]).float()).abs().max() < 2e-3  # stored as float16
+    parameters = dict(model.named_parameters())
+    names = [rename_released(name) for name in expected["grad_names"]]
+    assert sorted(names) == sorted(parameters)
+    for name, norm in zip(names, expected["grad_norms"]):
+        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+
+
+@pytest.mark.parametrize("size", [224, 384])
+@pytest.mark.parametrize("pool, key", [("mean", "logits"), ("cls", "logits_cls")])
+def test_finetuned_logits_agree_with_the_released_code(size, pool, key):
+    model = small_classifier(size, pool=pool).eval()
+    load_weights(model, GOLDEN / f"official_finetune{size}.pth")
+    expected = torch.from_numpy(np.load(GOLDEN / f"finetune{size}_expected.npz")[key])
+    with torch.no_grad():
+        assert (model(golden_images(size)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [224, 384])
+def test_logits_of_a_pretrained_checkpoint_agree_with_the_released_code(size):
+    expected = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / f"finetune{size}_expected.npz").items()
+                if v.dtype == np.float32}
+    model = small_classifier(size).eval()
+    assert load_weights(model, GOLDEN / "official_pretrain.pth") == {"cls_token", "norm", "head"}
+    with torch.no_grad():
+        model.head.weight.copy_(expected["head_weight"])
+        model.head.bias.copy_(expected["head_bias"])
+        model.cls_token.copy_(expected["cls_token"])
+        assert (model(golden_images(size)) - expected["from_pretrained_logits"]).abs().max() < 1e-5
+
+
+def test_the_average_of_a_released_checkpoint_is_loaded_on_request():
+    plain, average = small_classifier(), small_classifier()
+    load_weights(plain, GOLDEN / "official_finetune224.pth")
+    load_weights(average, GOLDEN / "official_finetune224.pth", ema=True)
+    for a, b in zip(plain.parameters(), average.parameters()):
+        torch.testing.assert_close(a + 0.01, b)
+    with pytest.raises(ValueError, match="no averaged weights"):
+        load_weights(plain, GOLDEN / "official_pretrain.pth", ema=True)
+
+
+def test_optimiser_groups_agree_with_the_released_code():
+    expected = np.load(GOLDEN / "finetune224_expected.npz")
+    groups = parameter_groups(small_classifier(), weight_decay=0.05, layer_decay=0.65)
+    ours = {name: (g["lr_scale"], g["weight_decay"]) for g in groups for name in g["names"]}
+    theirs = {rename_released(str(n)): (s, d) for n, s, d in zip(
+        expected["group_names"], expected["group_lr_scale"], expected["group_weight_decay"])}
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name] == pytest.approx(theirs[name]), name
+
+
+@pytest.mark.parametrize("name, classifier, pretraining", [
+    ("arm_base", 85_031_656, 99_243_008), ("arm_large", 297_035_720, 303_721_696), ("arm_huge", 662_682_088, 659_128_064)])
+def test_parameter_counts_are_the_papers(name, classifier, pretraining):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in ARMClassifier(**MODELS[name]).parameters()) == classifier
+        assert sum(p.numel() for p in ARM(**MODELS[name]).parameters()) == pretraining
+
+
+# Token orders
+
+
+def test_cluster_order_reads_4x4_patches_of_one_cluster_before_the_next():
+    order = cluster_order(12, 4)
+    assert order.tolist()[:20] == [0, 1, 2, 3, 12, 13, 14, 15, 24, 25, 26, 27, 36, 37, 38, 39, 4, 5, 6, 7]
+    assert sorted(order.tolist()) == list(range(144))
+
+
+def test_scan_orders_are_rows_and_columns_both_ways_with_cls_in_the_middle():
+    assert scan_orders(2).tolist() == [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 3, 2, 1, 4], [4, 1, 2, 3, 0]]
+    for grid in (14, 24, 9):
+        orders = scan_orders(grid)
+        middle = grid * grid // 2
+        assert (orders[:, middle] == middle).all()
+        assert (orders.gather(1, inverse_order(orders)) == torch.arange(grid * grid + 1)).all()
+
+
+def test_position_code_has_columns_before_rows_and_sine_before_cosine():
+    code = sincos_position(8, 3)  # two frequencies, 1 and 0.01
+    x, y = 2, 1
+    expected = [math.sin(x), math.sin(0.01 * x), math.cos(x), math.cos(0.01 * x),
+                math.sin(y), math.sin(0.01 * y), math.cos(y), math.cos(0.01 * y)]
+    torch.testing.assert_close(code[y * 3 + x], torch.tensor(expected))
+
+
+# The scan and the mixer
+
+
+def scan_inputs(batch=2, groups=3, length=37, dim=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return [normal(batch, groups, length, dim), normal(batch, groups, length, dim), normal(groups, dim),
+            -normal(groups, dim, 16).detach().exp().requires_grad_(), normal(batch, groups, length, 16),
+            normal(batch, groups, length, 16), normal(groups, dim)]
+
+
+def recurrence(x, dt, dt_bias, A, B, C, D):
+    """The scan as the paper states it, in float64, one token after another, left to autograd."""
+    x, dt, dt_bias, A, B, C, D = (t.double() for t in (x, dt, dt_bias, A, B, C, D))
+    h, ys = 0, []
+    for t in range(x.shape[2]):
+        delta = F.softplus(dt[:, :, t] + dt_bias)[..., None]
+        h = (delta * A).exp() * h + delta * x[:, :, t, :, None] * B[:, :, t, None]
+        ys.append((h * C[:, :, t, None]).sum(-1) + D * x[:, :, t])
+    return torch.stack(ys, dim=2)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 37, 128])
+def test_selective_scan_and_its_gradients_agree_with_a_float64_recurrence(length):
+    inputs = scan_inputs(length=length)
+    ours, expected = selective_scan(*inputs), recurrence(*inputs)
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((ours * weight).sum(), inputs)
+    expected_gradients = torch.autograd.grad((expected * weight).sum(), inputs)
+    for a, b in zip((ours, *gradients), (expected, *expected_gradients)):
+        assert (a.double() - b.double()).norm() <= 1e-5 * b.norm()
+
+
+def test_selective_scan_passes_gradcheck():
+    inputs = scan_inputs(batch=1, groups=2, length=19, dim=2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(selective_scan, inputs)
+
+
+def test_the_scan_stays_float32_inside_under_autocast():
+    inputs = [t.detach() for t in scan_inputs()]
+    half = [inputs[0].bfloat16(), *inputs[1:]]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = selective_scan(*half)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, recurrence(*half).bfloat16(), rtol=0.01, atol=0.01)
+
+
+def test_the_convolution_is_a_causal_depthwise_conv1d_with_silu():
+    x, weight, bias = torch.randn(2, 3, 9, 5), torch.randn(3, 5, 4), torch.randn(3, 5)
+    expected = F.conv1d(x.transpose(2, 3).flatten(1, 2), weight.flatten(0, 1)[:, None], bias.flatten(), padding=3,
+                        groups=15)[..., :9]
+    torch.testing.assert_close(causal_conv1d(x, weight, bias), F.silu(expected).view(2, 3, 5, 9).transpose(2, 3))
+
+
+def test_each_direction_of_the_mixer_is_the_one_direction_mixer_on_the_permuted_sequence():
+    torch.manual_seed(0)
+    orders = scan_orders(4)
+    four = Mamba(32, 12, directions=4).double()
+    u = torch.randn(2, 17, 32, dtype=torch.float64)
+    one_by_one = 0
+    for direction, order in zip(four.directions, orders):
+        one = Mamba(32, 12).double()
+        one.in_proj, one.out_proj, one.directions[0] = four.in_proj, four.out_proj, direction
+        one_by_one = one_by_one + one(u[:, order])[:, inverse_order(order)] / 4
+    torch.testing.assert_close(four(u, orders), one_by_one)
+
+
+def test_mamba_ssm_is_called_once_for_all_directions_in_its_own_layout(monkeypatch):
+    calls = []
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        """As mamba-ssm documents it: u, delta (B, G D, L), A (G D, N), B, C (B, G, N, L), D, delta_bias (G D)."""
+        calls.append(u.shape)
+        groups = B.shape[1]
+        assert delta_softplus and z is None and u.dtype == delta.dtype == B.dtype == C.dtype
+        def split(t):
+            return t.unflatten(1, (groups, -1)).transpose(2, 3)
+        y = recurrence(split(u), split(delta), delta_bias.view(groups, -1), A.unflatten(0, (groups, -1)),
+                       B.transpose(2, 3), C.transpose(2, 3), D.view(groups, -1))
+        return y.transpose(2, 3).flatten(1, 2).to(u.dtype)
+
+    def causal_conv1d_fn(x, weight, bias, activation):
+        assert activation == "silu"
+        return F.silu(F.conv1d(x, weight[:, None], bias, padding=3, groups=x.shape[1])[..., : x.shape[2]])
+
+    interface = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", types.SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn))
+    inputs = scan_inputs()
+    torch.testing.assert_close(mamba_ssm_scan(*inputs), selective_scan(*inputs))
+    assert calls == [(2, 15, 37)]
+    x, weight, bias = torch.randn(2, 3, 9, 5), torch.randn(3, 5, 4), torch.randn(3, 5)
+    torch.testing.assert_close(mamba_ssm_conv1d(x, weight, bias), causal_conv1d(x, weight, bias))
+
+    assert kernels(torch.device("cuda")) == (mamba_ssm_conv1d, mamba_ssm_scan)
+    assert kernels(torch.device("cpu")) == (causal_conv1d, selective_scan)
+    monkeypatch.setenv("ARM_SCAN", "torch")
+    assert kernels(torch.device("cuda")) == (causal_conv1d, selective_scan)
+    monkeypatch.setenv("ARM_SCAN", "mamba_ssm")
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        kernels(torch.device("cpu"))
+    monkeypatch.setenv("ARM_SCAN", "fast")
+    with pytest.raises(ValueError, match="not a scan"):
+        kernels(torch.device("cpu"))
+
+
+def test_all_four_directions_start_as_the_paper_says():
+    mixer = Mamba(64, 12, directions=4)
+    for direction in mixer.directions:
+        torch.testing.assert_close(direction.A_log.exp(), torch.arange(1.0, 17).repeat(64, 1))
+        delta = F.softplus(direction.dt_proj.bias)
+        assert 0.99e-3 < delta.min() < 5e-3 and 0.02 < delta.max() < 0.101
+        assert direction.dt_proj.weight.abs().max() <= 0.5  # R = 4
+        assert (direction.D == 1).all()
+    assert mixer.out_proj.weight.abs().max() <= 1 / 8 / math.sqrt(12)
+
+
+# The pretraining model
+
+
+def test_nothing_of_a_cluster_reaches_its_own_prediction_or_an_earlier_one():
+    torch.manual_seed(0)
+    model = small_arm(image_size=48, patch_size=4, dim=32).eval()
+    images = torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        before = model.predict(images).unflatten(1, (8, 16))  # clusters 2 to 9
+        for k in range(9):  # cluster k + 1
+            row, column = 16 * (k // 3), 16 * (k % 3)
+            for dy, dx in ((0, 0), (7, 9), (15, 15)):
+                changed = images.clone()
+                changed[0, dy % 3, row + dy, column + dx] += 1.0
+                after = model.predict(changed).unflatten(1, (8, 16))
+                assert torch.equal(after[:, :k], before[:, :k])  # clusters 2..k + 1, bit for bit
+                assert all((after[:, j] != before[:, j]).any() for j in range(k, 8))
+
+
+@pytest.mark.parametrize("depth, decoder_depth, taps", [
+    (12, 4, [6, 8, 10, 12]), (24, 4, [12, 16, 20, 24]), (6, 4, [3, 4, 5, 6]), (12, 2, [6, 12]), (12, 1, [12])])
+def test_taps_run_evenly_from_the_middle_of_the_encoder_to_its_end(depth, decoder_depth, taps):
+    assert small_arm(depth=depth, decoder_depth=decoder_depth).taps == taps
+
+
+def test_targets_are_normalised_by_unbiased_variance_and_a_picture_undoes_it(monkeypatch):
+    model = small_arm(image_size=48, patch_size=8, cluster_size=2)
+    images = torch.randn(2, 3, 48, 48)
+    targets, mean, spread = model.normalized_targets(images)
+    patch = images[1, :, 8:16, 24:32].permute(1, 2, 0).flatten()  # row 1, column 3: token 7 of cluster order, the 4th target
+    torch.testing.assert_close(targets[1, 3], (patch - patch.mean()) / (patch.var() + 1e-6).sqrt())
+    monkeypatch.setattr(model, "predict", lambda images: targets)
+    picture = model.reconstruct(images)
+    assert (picture[:, :, :16, :16] == 0).all()  # the first cluster is never predicted
+    picture[:, :, :16, :16] = images[:, :, :16, :16]
+    torch.testing.assert_close(picture, images)
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(image_size=190), "do not tile an image"), (dict(cluster_size=5), "do not tile 12x12 patches"),
+    (dict(cluster_size=12), "one cluster"), (dict(decoder_dim=100), "multiple of 64"), (dict(dim=18), "4 divides"),
+    (dict(decoder_depth=9), "cannot tap")])
+def test_sizes_that_do_not_fit_together_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small_arm(**changes)
+
+
+# The finetuning model
+
+
+def test_features_are_the_patch_tokens_as_a_map_and_pooling_is_of_them():
+    torch.manual_seed(0)
+    model, images = small_classifier(48, patch_size=4).eval(), torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        features = model.features(images)
+        assert features.shape == (2, 12, 12, 16)
+        torch.testing.assert_close(model(images), model.head(features.flatten(1, 2).mean(1)))
+    with pytest.raises(ValueError, match=r"\(batch, 3, 48, 48\)"):
+        model(torch.randn(2, 3, 32, 32))
+
+
+def test_stochastic_depth_follows_the_released_rates_and_keeps_the_mean():
+    model = small_classifier(drop_path=0.11)
+    assert model.drop_path_rates == pytest.approx([0, *(0.01 * i for i in range(11))])
+    scale = model.draw_drop_path(20_000)
+    assert scale.shape == (20_000, 12, 2)
+    assert (scale[:, :2] == 1).all()
+    torch.testing.assert_close((scale == 0).float().mean(0)[:, 0], torch.tensor(model.drop_path_rates), atol=0.01, rtol=0)
+    torch.testing.assert_close(scale.mean((0, 2)), torch.ones(12), atol=0.01, rtol=0)
+
+
+def test_stochastic_depth_acts_in_training_only():
+    torch.manual_seed(0)
+    model, images = small_classifier(32, patch_size=8, drop_path=0.5), torch.randn(4, 3, 32, 32)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        assert not torch.equal(model(images), model(images))
+        model.eval()
+        assert torch.equal(model(images), model(images))
+
+
+# Weights
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save(dict(model=Malicious()), tmp_path / "new.pth")
+    with open(tmp_path / "old.pth", "wb") as file:
+        pickle.dump(dict(model=Malicious()), file, protocol=2)
+    for name in ("new.pth", "old.pth"):
+        with pytest.raises(ValueError, match="refused .*it would run code"):
+            load_weights(small_classifier(), tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        load_weights(small_arm(), tmp_path / "missing.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    data = (GOLDEN / "official_pretrain.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(data[: len(data) // 2])
+    for name in ("text.pth", "half.pth"):
+        with pytest.raises(ValueError, match="not a checkpoint, or is damaged"):
+            load_weights(small_arm(), tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        load_weights(small_arm(), tmp_path / "list.pth")
+    torch.save(dict(model=dict(a=torch.zeros(1))), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="no weights of an ARM"):
+        load_weights(small_arm(), tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(dim=32), r"16\) there and .*32\) here"), (dict(depth=24), "has no layers.12"),
+    (dict(depth=6), "it has layers.10"), (dict(patch_size=8), r"16, 16\) there and \(16, 3, 8, 8\) here")])
+def test_weights_of_another_encoder_are_refused_with_both_shapes_and_nothing_is_loaded(changes, sentence):
+    model = small_classifier(**changes)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=sentence):
+        load_weights(model, GOLDEN / "official_pretrain.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_head_of_other_classes_stays_fresh_and_one_line_says_so(capsys):
+    model = small_classifier(num_classes=7)
+    head = model.head.weight.clone()
+    assert load_weights(model, GOLDEN / "official_finetune224.pth") == {"head"}
+    assert torch.equal(model.head.weight, head)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "fresh: head; ignored: none." in line
+
+
+def test_pretrained_weights_are_copied_to_all_four_directions():
+    model = small_classifier()
+    load_weights(model, GOLDEN / "official_pretrain.pth")
+    pretrained = weights_of("official_pretrain.pth")
+    for direction in model.layers[3].mixer.directions:
+        assert torch.equal(direction.x_proj.weight, pretrained["layers.3.mixer.x_proj.weight"])
+        assert torch.equal(direction.A_log, pretrained["layers.3.mixer.A_log"])
+
+
+def weights_of(name):
+    import argparse
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return weights(GOLDEN / name)
+
+
+def test_finetuned_weights_load_into_the_pretraining_model():
+    model = small_arm()
+    fresh = load_weights(model, GOLDEN / "official_finetune224.pth")
+    assert fresh == {"tap_norms", "tap_proj", "mask_token", "decoder", "decoder_norm", "pixel_proj"}
+    expected = weights_of("official_finetune224.pth")
+    assert torch.equal(model.layers[5].mixer.directions[0].conv1d.weight, expected["layers.5.mixer.conv1d.weight"])
+
+
+def test_our_own_checkpoints_load_into_either_model(tmp_path):
+    source = small_arm(image_size=64, patch_size=16, cluster_size=2)
+    torch.save(dict(model=source.state_dict()), tmp_path / "own.pth")
+    again = small_arm(image_size=64, patch_size=16, cluster_size=2)
+    assert load_weights(again, tmp_path / "own.pth") == set()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(source(images), again(images))
+    classifier = small_classifier(96)
+    load_weights(classifier, tmp_path / "own.pth")
+    assert torch.equal(classifier.pos_embed[:, 18], torch.zeros(1, 16))  # CLS
+    expected = F.interpolate(sincos_position(16, 4).T.view(1, 16, 4, 4), size=(6, 6), mode="bicubic").flatten(2).mT
+    torch.testing.assert_close(classifier.pos_embed[:, :18], expected[:, :18])
+
+
+def test_resizing_a_position_code_keeps_cls_in_the_middle():
+    code = torch.randn(1, 17, 4)
+    assert torch.equal(resize_position(code, 4, cls=True), code)
+    assert torch.equal(resize_position(code, 6, cls=True)[:, 18], code[:, 8])
