@@ -30,9 +30,9 @@ RECIPES = {  # where the paper's recipe differs between models; it gives none fo
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
     "arm_huge": dict(layer_decay=0.75, drop_path=0.3),
 }
-DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, epochs=10, warmup_epochs=2, batch_size=32,
-                     blr=4e-3, layer_decay=0.8, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
-                     augment=0, workers=0, out="runs/demo_finetune")
+DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, epochs=20, warmup_epochs=1, batch_size=32,
+                     blr=1.6e-2, layer_decay=0.9, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
+                     augment=0, crop_scale=0.6, workers=0, drawings=320, out="runs/demo_finetune")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,22 +69,23 @@ class RandAugment(v2.RandAugment):
                          fill=[round(255 * mean) for mean in MEAN])
 
     def forward(self, image):
-        """image: uint8 (3, H, W) -> the same."""
+        """image: uint8 (3, H, W) -> the same. Inside it is a PIL image: torchvision warps no tensor bicubically."""
+        pil = v2.functional.to_pil_image(image)
         for _ in range(self.num_ops):
             if torch.rand(()) < 0.5:
                 name, (magnitude_at, signed) = self._get_random_item(self._AUGMENTATION_SPACE)
                 strength = (self.magnitude + 0.5 * torch.randn(()).item()) / 10
-                magnitude = magnitude_at(min(max(strength, 0.0), 1.0), image.shape[-1 if name[-1] == "X" else -2])
+                magnitude = magnitude_at(min(max(strength, 0.0), 1.0), pil.width if name[-1] == "X" else pil.height)
                 if signed and torch.rand(()) < 0.5:
                     magnitude = -magnitude
-                image = self.apply(image, name, magnitude)
-        return image
+                pil = self.apply(pil, name, magnitude)
+        return v2.functional.pil_to_tensor(pil)
 
-    def apply(self, image, name, magnitude):
-        """One operation, by its name in the table."""
+    def apply(self, pil, name, magnitude):
+        """One operation on a PIL image, by its name in the table."""
         if name == "SolarizeAdd":
-            return torch.where(image < 128, (image.int() + magnitude).clamp(max=255).byte(), image)
-        return self._apply_image_or_video_transform(image, name, magnitude, self.interpolation, self._fill)
+            return pil.point([min(255, i + magnitude) if i < 128 else i for i in range(256)] * 3)
+        return self._apply_image_or_video_transform(pil, name, magnitude, self.interpolation, self._fill)
 
 
 class RandomErasing(v2.RandomErasing):
@@ -105,7 +106,7 @@ class RandomErasing(v2.RandomErasing):
 def train_transform(args):
     """The recipe's augmentation of one image, uint8 to uint8; Mixup and CutMix follow on the batch."""
     return v2.Compose([
-        v2.RandomResizedCrop(args.image_size, scale=(0.08, 1), interpolation=InterpolationMode.BICUBIC),
+        v2.RandomResizedCrop(args.image_size, scale=(args.crop_scale, 1), interpolation=InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(),
         *([RandAugment(args.augment)] if args.augment else []),
         *([RandomErasing(args.erasing)] if args.erasing else []),
@@ -253,13 +254,14 @@ def get_args():
     parser.add_argument("--smoothing", type=float, default=0.1, help="of the labels")
     parser.add_argument("--mixup", type=float, default=0.8, help="alpha; 0 for none")
     parser.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0 for none")
+    parser.add_argument("--crop_scale", type=float, default=0.08, help="smallest share of an image that a crop shows")
     parser.add_argument("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     parser.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
     add_common_arguments(parser)
     parser.set_defaults(batch_size=1024)
     args = parse_args(parser, DEMONSTRATION, RECIPES)
     with bad_input():
-        for name in ("layer_decay", "ema_decay", "smoothing", "erasing"):
+        for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
             if not 0 <= getattr(args, name) <= 1:
                 raise ValueError(f"--{name} is from 0 to 1, not {getattr(args, name)}.")
         for name in ("min_lr", "mixup", "cutmix", "augment"):
@@ -283,7 +285,7 @@ def main():
     # Data
     with bad_input():
         if demonstration:
-            train, val = Drawings(640, args.image_size, seed=1), Drawings(1000, args.image_size, seed=2)
+            train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(1000, args.image_size, seed=2)
             classes = train.classes
         else:
             classes, *names = from_first_process(lambda: find_images(args.data, args.eval))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import decode_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -41,7 +41,7 @@ RECIPES = {  # where the paper's recipe differs between models
     "arm_huge": dict(batch_size=512, epochs=800),
 }
 DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=5, warmup_epochs=1,
-                     batch_size=64, blr=4e-3, workers=0, out="runs/demo_pretrain")
+                     batch_size=64, blr=4e-3, workers=0, drawings=3200, out="runs/demo_pretrain")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def read_image(path):
     """
     if path.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
         with contextlib.suppress(RuntimeError):  # a format under another's name, or a kind that only PIL reads
-            image = decode_image(path, ImageReadMode.RGB)  # (3, H, W), about twice as fast as PIL
+            image = decode_image(path, mode="RGB")  # (3, H, W), about twice as fast as PIL
             return image if image.dtype == torch.uint8 else (image.int() >> 8).byte()  # 16-bit PNG
     from PIL import Image
 
@@ -515,6 +515,7 @@ def add_common_arguments(parser):
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--workers", type=int, default=None, help="loader processes for each training process")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drawings", type=int, help="of the demonstration, how many")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint (default: last.pth in --out)")
     parser.add_argument("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
@@ -530,7 +531,7 @@ def parse_args(parser, demonstration, recipes):
     if args.workers is None:
         args.workers = min(16, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     with bad_input():
-        for name in ("batch_size", "accum_steps", "epochs", "image_size", "patch_size"):
+        for name in ("drawings",) * (args.data is None) + ("batch_size", "accum_steps", "epochs", "image_size", "patch_size"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
         for name in ("blr", "weight_decay", "warmup_epochs", "workers", "checkpoint_minutes"):
@@ -598,7 +599,7 @@ def main():
     # Data
     with bad_input():
         if args.data is None:
-            source = Drawings(3200, args.image_size, seed=0)
+            source = Drawings(args.drawings, args.image_size, seed=0)
         else:
             train = os.path.join(args.data, "train")
             folder = train if os.path.isdir(train) else args.data

@@ -20,6 +20,10 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["pretrain", "finetune", "torch._dynamo"])
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding:DeprecationWarning")
+
+
 def child(script, argv, env, output, before):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

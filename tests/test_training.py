@@ -1,0 +1,448 @@
+"""pretrain.py and finetune.py: the recipe, the same result on any number of processes, and what happens when things fail."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, Running, processes, same_weights, script, weights, write_images
+from soak import FINETUNE, PRETRAIN, TINY, survive
+
+import finetune
+import pretrain
+from pretrain import learning_rate
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def epochs_of(out):
+    return [entry for entry in log(out) if "epoch" in entry]
+
+
+def close(a, b, part="model"):
+    """Whether two checkpoints hold the same weights to float tolerance, for weights that have moved by about 1e-2."""
+    a, b = weights(a, part), weights(b, part)
+    return a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+
+
+# The recipe
+
+
+def test_the_schedule_warms_up_from_zero_and_falls_by_half_a_cosine():
+    def rate(step):
+        return learning_rate(step, peak=2.0, warmup_steps=10, total_steps=110, minimum=0.5)
+
+    assert [rate(0), rate(5), rate(10)] == [0, 1, 2]
+    assert rate(60) == pytest.approx(1.25) and rate(110) == pytest.approx(0.5)
+    assert rate(35) == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("module, argv, expected", [
+    (pretrain, [], dict(epochs=1600, batch_size=2048, blr=1.5e-4, weight_decay=0.05, warmup_epochs=5, clip_grad=3.0)),
+    (pretrain, ["--model", "arm_large"], dict(epochs=1600, batch_size=1024)),
+    (pretrain, ["--model", "arm_huge"], dict(epochs=800, batch_size=512)),
+    (pretrain, ["--model", "arm_huge", "--epochs", "7"], dict(epochs=7, batch_size=512)),
+    (finetune, [], dict(epochs=100, batch_size=1024, blr=5e-4, layer_decay=0.65, drop_path=0.1, ema_decay=0.99992,
+                        mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, augment=9, min_lr=1e-6, pool="mean")),
+    (finetune, ["--model", "arm_large"], dict(layer_decay=0.75, drop_path=0.3))])
+def test_the_defaults_are_the_papers_recipe(monkeypatch, module, argv, expected):
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--data", "somewhere", *argv])
+    args = vars(module.get_args())
+    assert {k: args[k] for k in expected} == expected
+
+
+def count_right(model, n=10):
+    """A stub classifier of 7 classes and data for it: image i has class i % 7, and the model ranks it at place i % 6."""
+    logits = torch.zeros(n, 7)
+    for i in range(n):
+        order = [i % 7] if i % 6 == 0 else [(i + k) % 7 for k in range(1, i % 6 + 1)] + [i % 7]
+        for place, c in enumerate(order):
+            logits[i, c] = 10.0 - place
+    return logits
+
+
+def test_evaluation_counts_every_image_once_and_leaves_out_the_unreadable(monkeypatch):
+    logits = count_right(None)
+
+    class Stub(torch.nn.Module):
+        def forward(self, images):
+            return logits[(images[:, 0, 0, 0] * 0.229 + 0.485).mul(255).round().long()]
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, key):
+            return torch.full((3, 1, 1), key[1], dtype=torch.uint8), key[1] % 7 if key[1] != 9 else -1, -1
+
+    monkeypatch.setattr(finetune.dist, "all_reduce", lambda t: None)
+    args = SimpleNamespace(batch_size=4, accum_steps=1, workers=0)
+    top1, top5, loss, left_out = finetune.evaluate(Stub(), Data(), args, torch.device("cpu"))
+    assert left_out == 1
+    assert top1 == pytest.approx(100 * 2 / 9)  # images 0 and 6
+    assert top5 == pytest.approx(100 * 8 / 9)  # all but image 5, at place 6
+    expected = torch.nn.functional.cross_entropy(logits[:9], torch.arange(9) % 7)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def record_averages(module):
+    update, seen = module.AveragedModel.update_parameters, []
+
+    def recording(self, model):
+        update(self, model)
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        torch.save(seen, os.environ["RECORD"])
+
+    module.AveragedModel.update_parameters = recording
+
+
+def test_the_average_follows_every_step_from_the_initial_weights(images, tmp_path):
+    code, output = script("finetune", *FINETUNE, "--data", images, "--epochs", 2, "--out", tmp_path,
+                          env=dict(RECORD=str(tmp_path / "record")), before=record_averages)
+    assert code == 0, output
+    initial, *steps = torch.load(tmp_path / "record")
+    assert len(steps) == 4
+    average = initial
+    for step in steps:
+        average = {k: 0.5 * average[k] + 0.5 * step[k] for k in average}
+    stored = weights(tmp_path / "last.pth", "model_ema")
+    for k in average:
+        torch.testing.assert_close(stored[k], average[k])
+    assert any((stored[k] != step[k]).any() for k in stored)
+
+
+# The demonstrations, and the same result however a batch is split
+
+
+def test_both_demonstrations_run_end_to_end(tmp_path, monkeypatch):
+    tiny = ["--epochs", 1, "--warmup_epochs", 0, "--drawings", 64]
+    code, output = script("pretrain", *tiny, "--out", tmp_path / "pre")
+    assert code == 0 and output.startswith("Demonstration") and "finetune.py" in output.splitlines()[-1], output
+    assert (tmp_path / "pre" / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    code, output = script("finetune", *tiny, "--init", tmp_path / "pre" / "last.pth", "--out", tmp_path / "fine")
+    assert code == 0 and output.startswith("Demonstration") and "best top-1" in output, output
+    entry = epochs_of(tmp_path / "fine")[-1]
+    assert {"top1", "top5", "ema_top1", "ema_top5", "loss", "lr"} <= entry.keys()
+    code, output = script("finetune", "--eval", tmp_path / "fine" / "last.pth")
+    assert code == 0 and f"Model: top-1 {entry['top1']:.2f}%" in output and "EMA: top-1" in output, output
+
+
+@pytest.mark.parametrize("name, arguments", [("pretrain", [*PRETRAIN, "--epochs", 2]),
+                                             ("finetune", [*FINETUNE, "--epochs", 2])])
+def test_two_processes_and_split_batches_compute_what_one_process_does(images, tmp_path, name, arguments):
+    arguments = [*arguments, "--data", images]
+    code, output = script(name, *arguments, "--out", tmp_path / "one")
+    assert code == 0, output
+    code, output = script(name, *arguments, "--accum_steps", 2, "--out", tmp_path / "split")
+    assert code == 0, output
+    for run in processes(name, *arguments, "--out", tmp_path / "two"):
+        code, output = run.wait()
+        assert code == 0, output
+    for other in ("split", "two"):
+        assert close(tmp_path / "one" / "last.pth", tmp_path / other / "last.pth")
+        for a, b in zip(epochs_of(tmp_path / "one"), epochs_of(tmp_path / other)):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            assert a.get("top1") == b.get("top1")
+            assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-4)
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("name, arguments", [("pretrain", PRETRAIN), ("finetune", FINETUNE)])
+def test_a_run_killed_ten_times_at_random_ends_bit_identical_to_one_left_alone(images, tmp_path, name, arguments):
+    alone, killed = survive(name, [*arguments, "--data", images], tmp_path, kills=10)
+    assert same_weights(alone, killed)
+    assert name == "pretrain" or same_weights(alone, killed, "model_ema")
+    lines = epochs_of(tmp_path / "killed")
+    assert [entry["epoch"] for entry in lines] == list(range(1, len(epochs_of(tmp_path / "alone")) + 1))
+    assert [e["loss"] for e in lines] == [e["loss"] for e in epochs_of(tmp_path / "alone")]
+
+
+def die_while_saving(module):
+    """The second checkpoint of each run is half written when the process dies."""
+    import io
+    save, saved = torch.save, []
+
+    def dying(checkpoint, file):
+        saved.append(1)
+        if len(saved) < 2:
+            return save(checkpoint, file)
+        buffer = io.BytesIO()
+        save(checkpoint, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = dying
+
+
+def test_dying_while_a_checkpoint_is_written_leaves_the_one_before(images, tmp_path):
+    arguments = [*PRETRAIN, "--epochs", 3, "--data", images, "--checkpoint_minutes", 0]
+    code, output = script("pretrain", *arguments, "--out", tmp_path / "alone")
+    assert code == 0, output
+    for attempt in range(10):
+        code, output = script("pretrain", *arguments, "--out", tmp_path / "dying", before=die_while_saving)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, output
+        weights(tmp_path / "dying" / "last.pth")  # whole
+    assert code == 0 and attempt == 5  # six steps, one more saved by each run
+    assert same_weights(tmp_path / "alone" / "last.pth", tmp_path / "dying" / "last.pth")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_inside_an_epoch_saves_and_asks_to_be_requeued_and_one_process_continues_what_two_began(
+        images, tmp_path, signum):
+    arguments = [*PRETRAIN, "--data", images, "--epochs", 30, "--warmup_epochs", 10]
+    runs = processes("pretrain", *arguments, "--out", tmp_path / "stopped")
+    while len(log(tmp_path / "stopped") if (tmp_path / "stopped" / "log.jsonl").exists() else []) < 2:
+        time.sleep(0.05)
+    for run in runs:
+        os.kill(run.pid, signum)
+    for rank, run in enumerate(runs):
+        code, output = run.wait()
+        assert code == 75, output
+        assert ("Interrupted at step" in output) == (rank == 0) and "Traceback" not in output, output
+    step = torch.load(tmp_path / "stopped" / "last.pth", weights_only=True)["run"]["step"]
+    assert 4 <= step < 60
+    code, output = script("pretrain", *arguments, "--out", tmp_path / "stopped")
+    assert code == 0 and f"from step {step}" in output, output
+    assert len(epochs_of(tmp_path / "stopped")) == 30
+
+
+def test_the_log_is_whole_lines_after_any_crash(images, tmp_path):
+    code, output = script("pretrain", *PRETRAIN, "--data", images, "--out", tmp_path)
+    assert code == 0, output
+    before = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(before + b'{"epoch": 7, "lo')
+    os.close(pretrain.open_log(str(tmp_path / "log.jsonl")))
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def small_disk(module):
+    """No file may grow past 100 kB: what a full disk looks like to a checkpoint, and not to the log."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(images, tmp_path):
+    arguments = [*PRETRAIN, "--data", images, "--out", tmp_path]
+    code, output = script("pretrain", *arguments, before=stop_after_three_steps)
+    assert code == 75, output
+    before = (tmp_path / "last.pth").read_bytes()
+    code, output = script("pretrain", *arguments, before=small_disk)
+    assert code == 1 and f"Cannot write {tmp_path}/last.pth" in output and "Traceback" not in output, output
+    assert (tmp_path / "last.pth").read_bytes() == before and not (tmp_path / "last.pth.new").exists()
+
+
+def stop_after_three_steps(module):
+    after_step = module.Progress.after_step
+
+    def stopping(self, *args):
+        if self.step == 2:
+            self.interrupted = True
+        return after_step(self, *args)
+
+    module.Progress.after_step = stopping
+
+
+# Losses that are not finite, and files that cannot be decoded
+
+
+def nan_at_steps_2_and_3(module):
+    calls, compute = [], module.ARM.forward
+
+    def forward(self, images):
+        calls.append(1)
+        bad = len(calls) in (2, 3) and os.environ.get("RANK", "0") == "0"  # on one process of two
+        return compute(self, images) + (math.nan if bad else 0)
+
+    module.ARM.forward = forward
+
+
+def nan_from_step_3_on(module):
+    calls, compute = [], module.ARM.forward
+
+    def forward(self, images):
+        calls.append(1)
+        return compute(self, images) * (math.nan if len(calls) > 2 else 1)
+
+    module.ARM.forward = forward
+
+
+def test_a_step_whose_loss_is_not_finite_is_dropped_on_every_process_and_counted(images, tmp_path):
+    arguments = [*PRETRAIN, "--data", images]
+    for run in processes("pretrain", *arguments, "--out", tmp_path / "two", before=nan_at_steps_2_and_3):
+        code, output = run.wait()
+        assert code == 0, output
+    code, output = script("pretrain", *arguments, "--out", tmp_path / "one", before=nan_at_steps_2_and_3)
+    assert code == 0, output
+    assert [entry["dropped_steps"] for entry in epochs_of(tmp_path / "two")] == [1, 1, 0, 0, 0, 0]
+    assert all(math.isfinite(entry["loss"]) for entry in epochs_of(tmp_path / "two"))
+    assert close(tmp_path / "one" / "last.pth", tmp_path / "two" / "last.pth")
+
+
+def test_a_loss_that_stays_not_finite_stops_the_run_and_keeps_the_last_checkpoint(images, tmp_path):
+    code, output = script("pretrain", *PRETRAIN, "--data", images, "--epochs", 20, "--out", tmp_path,
+                          before=nan_from_step_3_on)
+    assert code == 1 and "not finite 10 steps in a row, up to step 12" in output and "Traceback" not in output, output
+    assert all(v.isfinite().all() for v in weights(tmp_path / "last.pth").values())
+
+
+def test_a_corrupt_file_is_named_once_and_too_many_stop_the_run(tmp_path):
+    write_images(tmp_path / "data", 120)
+    (tmp_path / "data" / "07.png").write_bytes(b"\x89PNG, but no more")
+    arguments = [*TINY, "--cluster_size", 2, "--data", tmp_path / "data", "--batch_size", 24, "--epochs", 2]
+    for run in processes("pretrain", *arguments, "--out", tmp_path / "one"):
+        code, output = run.wait()
+        assert code == 0, output
+    assert [entry["unreadable"] for entry in log(tmp_path / "one") if "unreadable" in entry] == ["07.png"]
+    assert epochs_of(tmp_path / "one")[-1]["unreadable_images"] == 1
+    (tmp_path / "data" / "08.png").write_bytes(b"")
+    code, output = script("pretrain", *arguments, "--out", tmp_path / "two")
+    assert code == 1 and "2 of 120 images cannot be decoded, more than 1%" in output and "Traceback" not in output, output
+
+
+def kill_a_loader_worker(module):
+    after_step = module.Progress.after_step
+
+    def killing(self, *args):
+        import multiprocessing
+        if self.step == 1:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return after_step(self, *args)
+
+    module.Progress.after_step = killing
+
+
+def test_a_dead_loader_worker_ends_the_run_with_a_sentence(images, tmp_path):
+    code, output = script("pretrain", *PRETRAIN, "--data", images, "--epochs", 200, "--out", tmp_path,
+                          before=kill_a_loader_worker)
+    assert code == 1 and "data loader worker died" in output and "Traceback" not in output, output
+
+
+# torchrun
+
+
+def torchrun(*arguments):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, arguments)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def worker_pids(out):
+    """Processes of ours that train into a folder and are rank 1, read from /proc."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            command = open(f"/proc/{pid}/cmdline").read()
+            if str(out) in command and "torch.distributed" not in command and "\0RANK=1\0" in open(f"/proc/{pid}/environ").read():
+                yield int(pid)
+        except OSError:
+            pass
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="finds the worker to kill in /proc")
+def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(images, tmp_path):
+    arguments = [*PRETRAIN, "--data", images, "--epochs", 30, "--workers", 0]
+    code, output = script("pretrain", *arguments, "--out", tmp_path / "alone")
+    assert code == 0, output
+    run = torchrun("--standalone", "--nproc_per_node", 2, "--max-restarts", 2, "pretrain.py", *arguments, "--out",
+                   tmp_path / "killed")
+    while not (tmp_path / "killed" / "last.pth").exists():
+        time.sleep(0.1)
+        assert run.poll() is None, run.stdout.read()
+    os.kill(next(worker_pids(tmp_path / "killed")), signal.SIGKILL)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    assert output.count("from step") == 2, output
+    assert close(tmp_path / "alone" / "last.pth", tmp_path / "killed" / "last.pth")
+
+
+def test_two_nodes_train_together(images, tmp_path):
+    arguments = [*PRETRAIN, "--data", images, "--epochs", 2, "--workers", 0]
+    code, output = script("pretrain", *arguments, "--out", tmp_path / "one")
+    assert code == 0, output
+    rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:29511",
+                  "--rdzv_id", os.getpid()]
+    nodes = [torchrun(*rendezvous, "pretrain.py", *arguments, "--out", tmp_path / "two") for _ in range(2)]
+    for node in nodes:
+        output, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, output
+    assert close(tmp_path / "one" / "last.pth", tmp_path / "two" / "last.pth")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("name, arguments, sentence", [
+    ("pretrain", ["--data", "/nowhere"], "There is no folder /nowhere"),
+    ("pretrain", ["--data", "EMPTY"], "There are no images in"),
+    ("pretrain", ["--image_size", 50], "do not tile an image of 50x50"),
+    ("pretrain", ["--cluster_size", 4], "do not tile 6x6 patches"),
+    ("pretrain", ["--batch_size", 10, "--accum_steps", 4], "--batch_size 10 does not divide into 1 processes x 4"),
+    ("pretrain", ["--data", "IMAGES", "--batch_size", 64, "--model", "arm_tiny"], "more than the 16 training images"),
+    ("pretrain", ["--epochs", 0], "--epochs must be at least 1"),
+    ("pretrain", ["--epochs", 1], "--warmup_epochs 1 leaves nothing"),
+    ("pretrain", ["--blr", "nan"], "--blr must be 0 or more"),
+    ("pretrain", ["--epochs", "many"], "invalid int value"),
+    ("pretrain", ["--model", "arm_gigantic"], "invalid choice"),
+    ("pretrain", ["--resume", "/nowhere.pth"], "cannot read the checkpoint /nowhere.pth"),
+    ("pretrain", ["--resume", "GOLDEN"], "not a checkpoint that a run can continue from"),
+    ("pretrain", ["--out", "/proc/nothing"], "Cannot write to --out"),
+    ("pretrain", ["--device", "cuda"], "--device cuda needs a GPU"),
+    ("finetune", ["--data", "EMPTY"], "There is no folder"),
+    ("finetune", ["--data", "MORE_VAL"], "has 1 classes that"),
+    ("finetune", ["--init", "GOLDEN"], "does not fit this model"),
+    ("finetune", ["--init", "TEXT"], "not a checkpoint, or is damaged"),
+    ("finetune", ["--eval", "GOLDEN"], "does not fit this model"),
+    ("finetune", ["--eval", "PRETRAINED"], "has no classifier of 10 classes"),
+    ("finetune", ["--smoothing", 2], "--smoothing is from 0 to 1"),
+    ("finetune", ["--mixup", 0.8, "--batch_size", 33], "Mixup and CutMix mix pairs")])
+def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, arguments, sentence):
+    from arm import ARM, MODELS
+
+    places = dict(EMPTY=tmp_path / "empty", IMAGES=images, MORE_VAL=tmp_path / "more", TEXT=tmp_path / "text.pth",
+                  GOLDEN=ROOT / "tests" / "golden" / "official_pretrain.pth", PRETRAINED=tmp_path / "pretrained.pth")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth").write_text("hello")
+    if "MORE_VAL" in arguments:
+        write_images(tmp_path / "more" / "train" / "cat", 1)
+        write_images(tmp_path / "more" / "val" / "cat", 1)
+        write_images(tmp_path / "more" / "val" / "unicorn", 1)
+    if "PRETRAINED" in arguments:
+        torch.save(dict(model=ARM(48, 8, 2, **MODELS["arm_tiny"], decoder_dim=128).state_dict()), places["PRETRAINED"])
+    arguments = [places.get(a, a) for a in arguments]
+    if "--out" not in arguments:
+        arguments += ["--out", tmp_path / "out"]
+    code, output = script(name, *arguments)
+    assert code == 2 and sentence in output and "Traceback" not in output, output
+    assert not (tmp_path / "out" / "last.pth").exists()
+
+
+def test_two_processes_say_what_is_wrong_once(tmp_path):
+    results = [run.wait() for run in processes("pretrain", "--data", "/nowhere", "--out", tmp_path)]
+    assert [code for code, _ in results] == [2, 2]
+    assert sum(output.count("There is no folder /nowhere") for _, output in results) == 1
+
+
+def test_resuming_with_another_model_or_batch_is_refused(images, tmp_path):
+    arguments = [*PRETRAIN, "--data", images, "--out", tmp_path]
+    assert script("pretrain", *arguments)[0] == 0
+    before = (tmp_path / "last.pth").read_bytes()
+    for change, sentence in ((["--batch_size", 4], "was made with --batch_size 8, this run has 4"),
+                             (["--cluster_size", 1], "was made with --cluster_size 2, this run has 1")):
+        code, output = script("pretrain", *arguments, *change)
+        assert code == 2 and sentence in output, output
+    code, output = script("finetune", *FINETUNE, "--data", images, "--resume", tmp_path / "last.pth", "--out",
+                          tmp_path / "fine")
+    assert code == 2 and "is a checkpoint of another model" in output, output
+    assert (tmp_path / "last.pth").read_bytes() == before
