@@ -407,7 +407,8 @@ class Progress:
                         dynamic_ncols=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)
         self.tensorboard = None
         if self.first:
-            self.log = open_log(os.path.join(args.out, "log.jsonl"))
+            self.log, logged = open_log(os.path.join(args.out, "log.jsonl"))
+            self.logged = logged if state else set()  # a run from the start writes its own lines
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(os.path.join(args.out, "tensorboard"))
@@ -489,7 +490,8 @@ class Progress:
         self.epoch_started, self.epoch_first_step = time.monotonic(), self.step
 
     def write_log(self, entry):
-        if self.first:
+        """Append a line, unless the run wrote it before it was interrupted."""
+        if self.first and log_key(entry) not in self.logged:
             os.write(self.log, (json.dumps(entry) + "\n").encode())
 
     def say(self, line):
@@ -497,12 +499,21 @@ class Progress:
             tqdm.write(line, file=sys.stderr)
 
 
+def log_key(entry):
+    """What a line of the log is about: an epoch, or a file that cannot be decoded."""
+    return entry.get("unreadable", entry.get("epoch"))
+
+
 def open_log(path):
-    """A file descriptor that appends to a log of lines; half a line, left by a crash, is taken off its end first."""
+    """Open a log of JSON lines to append to; half a line, left by a crash, is taken off its end first.
+
+    Returns its file descriptor and the keys of its lines.
+    """
     log = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     text = os.pread(log, os.fstat(log).st_size, 0)
-    os.ftruncate(log, text.rfind(b"\n") + 1)
-    return log
+    whole = text[: text.rfind(b"\n") + 1]
+    os.ftruncate(log, len(whole))
+    return log, {log_key(json.loads(line)) for line in whole.splitlines()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -225,8 +225,9 @@ def test_the_log_is_whole_lines_after_any_crash(images, tmp_path):
     assert code == 0, output
     before = (tmp_path / "log.jsonl").read_bytes()
     (tmp_path / "log.jsonl").write_bytes(before + b'{"epoch": 7, "lo')
-    os.close(pretrain.open_log(str(tmp_path / "log.jsonl")))
-    assert (tmp_path / "log.jsonl").read_bytes() == before
+    descriptor, logged = pretrain.open_log(str(tmp_path / "log.jsonl"))
+    os.close(descriptor)
+    assert (tmp_path / "log.jsonl").read_bytes() == before and logged == {1, 2, 3, 4, 5, 6}
 
 
 def small_disk(module):
