@@ -30,9 +30,9 @@ RECIPES = {  # where the paper's recipe differs between models; it gives none fo
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
     "arm_huge": dict(layer_decay=0.75, drop_path=0.3),
 }
-DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, epochs=20, warmup_epochs=1, batch_size=32,
-                     blr=1.6e-2, layer_decay=0.9, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
-                     augment=0, crop_scale=0.6, workers=0, drawings=320, out="runs/demo_finetune")
+DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, epochs=24, warmup_epochs=1, batch_size=16,
+                     blr=1.6e-2, layer_decay=0.85, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
+                     augment=0, crop_scale=0.6, workers=0, drawings=160, out="runs/demo_finetune")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def main():
     # Data
     with bad_input():
         if demonstration:
-            train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(1000, args.image_size, seed=2)
+            train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(500, args.image_size, seed=2)
             classes = train.classes
         else:
             classes, *names = from_first_process(lambda: find_images(args.data, args.eval))

@@ -40,8 +40,8 @@ RECIPES = {  # where the paper's recipe differs between models
     "arm_large": dict(batch_size=1024),
     "arm_huge": dict(batch_size=512, epochs=800),
 }
-DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=5, warmup_epochs=1,
-                     batch_size=64, blr=4e-3, workers=0, drawings=3200, out="runs/demo_pretrain")
+DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=8, warmup_epochs=1,
+                     batch_size=64, blr=8e-3, workers=0, drawings=3200, out="runs/demo_pretrain")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
