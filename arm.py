@@ -616,9 +616,9 @@ def load_weights(model, path_or_url, ema=False):
 
     Renames the released names, copies a pretrained direction to all four (section 3.3), resizes the position code, and
     leaves the head fresh where the classes differ. `ema` takes the averaged weights of a finetuning checkpoint. Prints
-    one line: what was loaded, what stayed fresh and what was ignored. Returns the set of names that stayed fresh. Raises
-    ValueError, in one sentence, where the file cannot be read safely or its encoder is not this model's; the model is
-    then unchanged.
+    one line: what was loaded, what stayed fresh and what was ignored; returns the set of names that stayed fresh.
+    Raises ValueError, in one sentence, where the file cannot be read safely or its encoder is not this model's; the
+    model is then unchanged.
     """
     checkpoint = read_checkpoint(path_or_url)
     part = "model_ema" if ema else "model"

@@ -5,8 +5,8 @@ it (section 3.3; recipe: appendix of the ARM paper).
     torchrun --nproc_per_node 8 finetune.py --data /data/imagenet --init runs/pretrain/last.pth      # the paper's ARM-B
     torchrun --nproc_per_node 8 finetune.py --data /data/imagenet --eval runs/finetune/best.pth
 
---data holds train/CLASS/* and val/CLASS/*. The defaults are the paper's recipe. A run goes to --out (last.pth, best.pth,
-log.jsonl); the same command continues it. Model and weight average (EMA) are evaluated after each epoch.
+--data holds train/CLASS/* and val/CLASS/*. The defaults are the paper's recipe. A run goes to --out (last.pth,
+best.pth, log.jsonl); the same command continues it. Model and weight average (EMA) are evaluated after each epoch.
 """
 
 import contextlib
@@ -138,8 +138,8 @@ def draw_mixing(pairs, image_size, mixup, cutmix, seed):
 def mix(images, targets, mixing):
     """Mix each pair of neighbours, images 2 i and 2 i + 1, one with the other, and their targets by the same share.
 
-    images: (B, 3, H, W); targets: (B, classes); mixing: (B / 2, 5) of draw_mixing, on the same device. Neighbours, since
-    a pair then stays together on whatever number of processes; torchvision's Mixup and CutMix roll the whole batch.
+    images: (B, 3, H, W); targets: (B, classes); mixing: (B / 2, 5) of draw_mixing, on the same device. Neighbours,
+    since a pair is then on one process, however many there are; torchvision's Mixup and CutMix roll the whole batch.
     """
     share, top, bottom, left, right = mixing[:, :, None, None, None].unbind(1)  # (B / 2, 1, 1, 1) each
     y = torch.arange(images.shape[2], device=images.device)[:, None]
@@ -162,8 +162,8 @@ def mix(images, targets, mixing):
 def parameter_groups(model, weight_decay, layer_decay):
     """The optimiser's groups: layer-wise learning rates, and weight decay for matrices alone.
 
-    With n = depth + 1, a parameter of layer g has its rate multiplied by layer_decay ** (n - g): the embeddings are layer
-    0, block i is i + 1, the final norm and the head are n. Each group has "names", "lr_scale" and "weight_decay".
+    With n = depth + 1, a parameter of layer g has its rate multiplied by layer_decay ** (n - g): the embeddings are
+    layer 0, block i is i + 1, the final norm and the head are n. Groups have "names", "lr_scale" and "weight_decay".
     """
     n = len(model.layers) + 1
     groups = {}
@@ -180,7 +180,7 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 @torch.no_grad()
 def evaluate(model, dataset, args, device):
-    """Top-1 and top-5 accuracy in percent and the mean cross-entropy, over every image once, on any number of processes.
+    """Top-1 and top-5 accuracy in percent and the mean cross-entropy, over every image once on any number of processes.
 
     An image that cannot be decoded is left out and counted. Returns (top1, top5, loss, images left out).
     """
@@ -226,8 +226,8 @@ def find_images(folder, evaluate_only):
         classes, val_classes = classes_of("train", train), classes
         unknown = [name for name in val_classes if name not in set(classes)]
         if unknown:
-            raise ValueError(f"{folder}/val has {len(unknown)} classes that {folder}/train has not, such as {unknown[0]}: "
-                             f"a class needs training images.")
+            raise ValueError(f"{folder}/val has {len(unknown)} classes that {folder}/train has not, such as "
+                             f"{unknown[0]}: a class needs training images.")
     return classes, train, val
 
 
@@ -237,7 +237,8 @@ def find_images(folder, evaluate_only):
 def get_args():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", metavar="DIR", help="train/CLASS/* and val/CLASS/*. Without it, the demonstration")
-    parser.add_argument("--init", metavar="CKPT", help="pretrained weights, a file or URL. Without it, from scratch")
+    parser.add_argument("--init", metavar="CKPT", help="pretrained weights, a file or URL. Without it, or "
+                        "with none, from scratch; the demonstration looks for its own pretraining first")
     parser.add_argument("--eval", metavar="CKPT", help="evaluate these weights, a file or URL, on val/ and stop")
     parser.add_argument("--out", metavar="DIR", default="runs/finetune")
     parser.add_argument("--model", choices=MODELS, default="arm_base")
@@ -307,7 +308,9 @@ def main():
             return evaluate_checkpoint(args, model.to(device), val_set, device)
         checkpoint = resume_checkpoint(args, model, ["model", "image_size", "patch_size", "batch_size", "seed"])
         init = args.init
-        if demonstration and init is None and os.path.exists("runs/demo_pretrain/last.pth"):
+        if init == "none":
+            init = None
+        elif demonstration and init is None and os.path.exists("runs/demo_pretrain/last.pth"):
             init = "runs/demo_pretrain/last.pth"
         if init and not checkpoint:
             from_first_process(lambda: load_weights(model, init))  # the others receive them from DDP
@@ -326,8 +329,8 @@ def main():
     if first:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{args.model} from {init or 'scratch'}, {parameters:,} parameters; {len(train):,} training and "
-              f"{len(val):,} validation images of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch} steps, "
-              f"from step {progress.step}; {processes} x {device.type}; to {args.out}")
+              f"{len(val):,} validation images of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch} "
+              f"steps, from step {progress.step}; {processes} x {device.type}; to {args.out}")
 
     # Training
     batches = iter(make_loader(train_set, Batches(len(train), args, progress.step), args, device))
@@ -390,8 +393,8 @@ def evaluate_checkpoint(args, model, val_set, device):
     has_ema = from_first_process(lambda: "model_ema" in read_checkpoint(args.eval))
     for ema in (False, True) if has_ema else (False,):
         if "head" in from_first_process(lambda: load_weights(model, args.eval, ema)):
-            raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as --data has: finetune "
-                             f"it first, or give its own data.")
+            raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as --data has: "
+                             f"finetune it first, or give its own data.")
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
         top1, top5, loss, left_out = evaluate(model, val_set, args, device)

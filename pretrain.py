@@ -1,7 +1,7 @@
 """Pretrain ARM by predicting the next cluster of an image (section 3.2; recipe: appendix of the ARM paper).
 
-    torchrun --standalone --nproc_per_node 1 pretrain.py                          # demonstration, a few minutes on a CPU
-    torchrun --nproc_per_node 8 pretrain.py --data /data/imagenet                 # the paper's ARM-B
+    torchrun --standalone --nproc_per_node 1 pretrain.py                     # demonstration, a few minutes on a CPU
+    torchrun --nproc_per_node 8 pretrain.py --data /data/imagenet            # the paper's ARM-B
     torchrun --nproc_per_node 8 pretrain.py --data /data/imagenet --model arm_large
 
 The defaults are the paper's recipe. A run goes to --out (last.pth, log.jsonl, predictions.png); the same command
@@ -385,7 +385,7 @@ def resume_checkpoint(args, model, same):
 class Progress:
     """What goes on around the steps of a run: the bar, log.jsonl, signals, dropped steps and unreadable files.
 
-    All processes call its methods alike. They read the GPU's results, which means waiting for it, only every tenth step.
+    All processes call its methods alike. A GPU's results, which one has to wait for, are read every tenth step only.
     """
 
     READ_EVERY = {"cpu": 1, "cuda": 10}
@@ -676,9 +676,13 @@ def main():
 
     progress.bar.close()
     if first:
-        data = f"--data {args.data} --model {args.model}" if args.data else ""
+        command = f"torchrun --standalone --nproc_per_node {process()[1]} finetune.py --init {args.out}/last.pth"
+        if args.data:
+            command += f" --data {args.data} --model {args.model}"
+            if args.patch_size != 16:
+                command += f" --image_size {args.image_size} --patch_size {args.patch_size}"
         print(f"Done: weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png. Next, finetune:\n"
-              f"torchrun --standalone --nproc_per_node {process()[1]} finetune.py {data} --init {args.out}/last.pth")
+              f"{command}")
 
 
 if __name__ == "__main__":
