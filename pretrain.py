@@ -441,7 +441,8 @@ class Progress:
         if self.totals[3] >= self.MOST_DROPPED:
             raise Stop(f"The loss was not finite {self.totals[3]:.0f} steps in a row, up to step {self.step}: the run "
                        f"stops, and its last checkpoint is as it was. A smaller --blr may help.")
-        self.bar.set_description(f"epoch {(self.step - 1) // self.steps_per_epoch + 1}/{self.args.epochs}", refresh=False)
+        epoch = (self.step - 1) // self.steps_per_epoch + 1
+        self.bar.set_description(f"epoch {epoch}/{self.args.epochs}", refresh=False)
         self.bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.2e}", refresh=False)
         self.bar.update(self.step * self.args.batch_size - self.bar.n)
         return interrupted > 0
@@ -526,7 +527,7 @@ def add_common_arguments(parser):
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--workers", type=int, default=None, help="loader processes for each training process")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--drawings", type=int, help="of the demonstration, how many")
+    parser.add_argument("--drawings", type=int, default=1, help="how many, of the demonstration")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint (default: last.pth in --out)")
     parser.add_argument("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
@@ -542,7 +543,7 @@ def parse_args(parser, demonstration, recipes):
     if args.workers is None:
         args.workers = min(16, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     with bad_input():
-        for name in ("drawings",) * (args.data is None) + ("batch_size", "accum_steps", "epochs", "image_size", "patch_size"):
+        for name in ("batch_size", "accum_steps", "epochs", "image_size", "patch_size", "drawings"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
         for name in ("blr", "weight_decay", "warmup_epochs", "workers", "checkpoint_minutes"):
@@ -605,7 +606,7 @@ def main():
     device = start_processes(args.device)
     first = process()[0] == 0
     if first and args.data is None:
-        print("Demonstration: ARM learns to predict the next cluster of small drawn images. For a real run, give --data.")
+        print("Demonstration: ARM learns to predict the next cluster of small drawn images. For a real run: --data.")
 
     # Data
     with bad_input():
@@ -681,8 +682,8 @@ def main():
             command += f" --data {args.data} --model {args.model}"
             if args.patch_size != 16:
                 command += f" --image_size {args.image_size} --patch_size {args.patch_size}"
-        print(f"Done: weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png. Next, finetune:\n"
-              f"{command}")
+        print(f"Done: weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png.\n"
+              f"Next, finetune: {command}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast the images come: python tests/bench.py data FOLDER_OR_TAR [--workers N] [--images N].
 
-One table: images/s from files to batches, repeated from the folder (or tar) given, RandomResizedCrop to 192 and flip, by
-torchvision's PIL path and by pretrain.py's. Full-size photographs are wanted, such as some of ImageNet's.
+One table: images/s from files to batches, repeated from the folder (or tar) given, RandomResizedCrop to 192 and flip,
+by torchvision's PIL path and by pretrain.py's. Full-size photographs are wanted, such as some of ImageNet's.
 """
 
 import argparse

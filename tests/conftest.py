@@ -1,4 +1,4 @@
-"""What the tests share: the golden values, small image folders, and a way to run the scripts as users do, but faster."""
+"""What the tests share: golden values, small image folders, and a way to run the scripts as users do, but faster."""
 
 import multiprocessing
 import os

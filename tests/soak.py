@@ -1,4 +1,4 @@
-"""Kill training runs at random moments, resume them, and compare with a run left alone: python tests/soak.py [kills]."""
+"""Kill runs at random moments, resume them, and compare with a run left alone: python tests/soak.py [kills]."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""Images: what is read, how it is cropped and mixed, and that seed, epoch and index alone decide every random choice."""
+"""Images: what is read, how it is cropped and mixed, and that seed, epoch and index decide every random choice."""
 
 import os
 from types import SimpleNamespace

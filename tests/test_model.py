@@ -88,7 +88,8 @@ def test_optimiser_groups_agree_with_the_released_code():
 
 
 @pytest.mark.parametrize("name, classifier, pretraining", [
-    ("arm_base", 85_031_656, 99_243_008), ("arm_large", 297_035_720, 303_721_696), ("arm_huge", 662_682_088, 659_128_064)])
+    ("arm_base", 85_031_656, 99_243_008), ("arm_large", 297_035_720, 303_721_696),
+    ("arm_huge", 662_682_088, 659_128_064)])
 def test_parameter_counts_are_the_papers(name, classifier, pretraining):
     with torch.device("meta"):
         assert sum(p.numel() for p in ARMClassifier(**MODELS[name]).parameters()) == classifier
@@ -270,7 +271,7 @@ def test_targets_are_normalised_by_unbiased_variance_and_a_picture_undoes_it(mon
     model = small_arm(image_size=48, patch_size=8, cluster_size=2)
     images = torch.randn(2, 3, 48, 48)
     targets, mean, spread = model.normalized_targets(images)
-    patch = images[1, :, 8:16, 24:32].permute(1, 2, 0).flatten()  # row 1, column 3: token 7 of cluster order, the 4th target
+    patch = images[1, :, 8:16, 24:32].permute(1, 2, 0).flatten()  # row 1, column 3: the 4th target in cluster order
     torch.testing.assert_close(targets[1, 3], (patch - patch.mean()) / (patch.var() + 1e-6).sqrt())
     monkeypatch.setattr(model, "predict", lambda images: targets)
     picture = model.reconstruct(images)
@@ -308,7 +309,8 @@ def test_stochastic_depth_follows_the_released_rates_and_keeps_the_mean():
     scale = model.draw_drop_path(20_000)
     assert scale.shape == (20_000, 12, 2)
     assert (scale[:, :2] == 1).all()
-    torch.testing.assert_close((scale == 0).float().mean(0)[:, 0], torch.tensor(model.drop_path_rates), atol=0.01, rtol=0)
+    dropped = (scale == 0).float().mean(0)[:, 0]
+    torch.testing.assert_close(dropped, torch.tensor(model.drop_path_rates), atol=0.01, rtol=0)
     torch.testing.assert_close(scale.mean((0, 2)), torch.ones(12), atol=0.01, rtol=0)
 
 
