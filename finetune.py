@@ -366,7 +366,9 @@ def main():
         interrupted = progress.after_step(loss, dropped, unreadable, lr)
 
         epoch, inside_epoch = divmod(progress.step, steps_per_epoch)
-        weights = dict(model=model.state_dict(), model_ema=ema.module.state_dict(), epoch=epoch)
+        weights = {}
+        if interrupted or not inside_epoch or progress.checkpoint_due():
+            weights = dict(model=model.state_dict(), model_ema=ema.module.state_dict(), epoch=epoch)
         if not inside_epoch:
             top1, top5, val_loss, left_out = evaluate(model, val_set, args, device)
             ema_top1, ema_top5, ema_loss, _ = evaluate(ema.module, val_set, args, device)
@@ -376,7 +378,7 @@ def main():
                 best = max(top1, ema_top1)
                 if first:
                     save_checkpoint(os.path.join(args.out, "best.pth"), dict(weights, best=best, args=vars(args)))
-        if interrupted or not inside_epoch or progress.checkpoint_due():
+        if weights:
             progress.save(dict(weights, optimizer=optimizer.state_dict(), best=best))
         if interrupted:
             raise Stop(f"Interrupted at step {progress.step}, which is saved: the same command continues.",

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -94,7 +95,7 @@ def run(main):
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             end = Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
-        elif isinstance(error, dist.DistError) or "onnection" in str(error):
+        elif isinstance(error, dist.DistError) or re.search("onnection|imed out|gloo|NCCL", str(error)):
             end = Stop("Lost the connection to another process, which ended or hangs.", everywhere=False)
         else:
             raise
