@@ -21,6 +21,8 @@ Sections, equations and algorithms are those of the ARM paper unless another is 
 """
 
 import argparse
+import functools
+import hashlib
 import math
 import os
 import pickle
@@ -191,6 +193,16 @@ def mamba_ssm_conv1d(x, weight, bias):
     return y.unflatten(1, x.shape[1::2]).transpose(2, 3)
 
 
+@functools.lru_cache
+def mamba_ssm_installed():
+    """Whether mamba-ssm and causal-conv1d can be imported."""
+    try:
+        import causal_conv1d as _, mamba_ssm as _  # noqa: E401, F401
+    except ImportError:
+        return False
+    return True
+
+
 def kernels(device):
     """The convolution and the scan that run on `device`: mamba-ssm's on CUDA where they are installed, else PyTorch's.
 
@@ -200,12 +212,8 @@ def kernels(device):
     choice = os.environ.get("ARM_SCAN", "")
     if choice not in ("", "torch", "mamba_ssm"):
         raise ValueError(f"ARM_SCAN={choice} is not a scan: use torch or mamba_ssm")
-    if choice != "torch" and device.type == "cuda":
-        try:
-            import causal_conv1d as _, mamba_ssm as _  # noqa: E401, F401
-            return mamba_ssm_conv1d, mamba_ssm_scan
-        except ImportError:
-            pass
+    if choice != "torch" and device.type == "cuda" and mamba_ssm_installed():
+        return mamba_ssm_conv1d, mamba_ssm_scan
     if choice == "mamba_ssm":
         raise ValueError("ARM_SCAN=mamba_ssm needs a CUDA device and the packages mamba-ssm and causal-conv1d")
     return causal_conv1d, selective_scan
@@ -468,9 +476,9 @@ class ARM(nn.Module):
 class ARMClassifier(nn.Module):
     """The finetuning model: the same encoder in raster order with a CLS token in the middle, scanned four ways.
 
-    image_size, patch_size in pixels; drop_path: stochastic depth of the last block, in training; pool: "mean" (the
-    mean of the tokens before CLS and the mean of those after it, averaged) or "cls". Raises ValueError where these do
-    not fit together.
+    image_size, patch_size in pixels; drop_path: the rate that stochastic depth rises to from block to block, in
+    training; pool: "mean" (the mean of the tokens before CLS and the mean of those after it, averaged) or "cls". Raises
+    ValueError where these do not fit together.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_classes=1000, drop_path=0.0, pool="mean"):
@@ -577,7 +585,9 @@ def read_checkpoint(path_or_url):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
             if re.match(r"https?://", name):
-                checkpoint = torch.hub.load_state_dict_from_url(name, map_location="cpu", weights_only=True)
+                digest = hashlib.sha256(name.encode()).hexdigest()[:16]  # files of one name at two addresses differ
+                checkpoint = torch.hub.load_state_dict_from_url(name, map_location="cpu", weights_only=True,
+                                                                file_name=f"arm-{digest}.pth")
             else:
                 checkpoint = torch.load(path_or_url, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -89,7 +89,9 @@ class RandAugment(v2.RandAugment):
 
 
 class RandomErasing(v2.RandomErasing):
-    """torchvision's random erasing with pixel noise, on uint8 images: the noise is normal once they are normalised."""
+    """torchvision's random erasing with pixel noise, on uint8 images: the noise is normal once they are normalised,
+    and clipped to the range of a pixel.
+    """
 
     def __init__(self, p):
         super().__init__(p=p, value="random")
@@ -124,7 +126,8 @@ def draw_mixing(pairs, image_size, mixup, cutmix, seed):
     an image keeps outside a box, and the box's top, bottom, left and right, inside which it keeps nothing.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+
         def beta(alpha):
             return torch.distributions.Beta(alpha, alpha).sample((pairs,)) if alpha else torch.ones(pairs)
         share, area = beta(mixup), 1 - beta(cutmix)
@@ -250,7 +253,7 @@ def get_args():
     parser.add_argument("--blr", type=float, default=5e-4, help="peak learning rate for a batch of 256")
     parser.add_argument("--min_lr", type=float, default=1e-6)
     parser.add_argument("--layer_decay", type=float, default=0.65, help="of the learning rate, from layer to layer")
-    parser.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the last block")
+    parser.add_argument("--drop_path", type=float, default=0.1, help="rate that stochastic depth rises to")
     parser.add_argument("--ema_decay", type=float, default=0.99992)
     parser.add_argument("--smoothing", type=float, default=0.1, help="of the labels")
     parser.add_argument("--mixup", type=float, default=0.8, help="alpha; 0 for none")
@@ -304,16 +307,15 @@ def main():
     with bad_input():
         model = ARMClassifier(args.image_size, args.patch_size, **MODELS[args.model], num_classes=len(classes),
                               drop_path=args.drop_path, pool=args.pool)
-        if args.eval:
-            return evaluate_checkpoint(args, model.to(device), val_set, device)
-        checkpoint = resume_checkpoint(args, model, ["model", "image_size", "patch_size", "batch_size", "seed"])
-        init = args.init
-        if init == "none":
-            init = None
-        elif demonstration and init is None and os.path.exists("runs/demo_pretrain/last.pth"):
-            init = "runs/demo_pretrain/last.pth"
-        if init and not checkpoint:
-            from_first_process(lambda: load_weights(model, init))  # the others receive them from DDP
+    if args.eval:
+        return evaluate_checkpoint(args, model.to(device), val_set, device)
+    with bad_input():
+        if demonstration and args.init is None and os.path.exists("runs/demo_pretrain/last.pth"):
+            args.init = "runs/demo_pretrain/last.pth"
+        args.init = args.init or "none"
+        checkpoint = resume_checkpoint(args, model, len(train))
+        if args.init != "none" and not checkpoint:
+            from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
     ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
@@ -326,11 +328,13 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         best = checkpoint["best"]
     progress = Progress(args, train, steps_per_epoch, device, checkpoint["run"] if checkpoint else {})
+    del checkpoint  # which is large
     if first:
         parameters = sum(p.numel() for p in model.parameters())
-        print(f"{args.model} from {init or 'scratch'}, {parameters:,} parameters; {len(train):,} training and "
-              f"{len(val):,} validation images of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch} "
-              f"steps, from step {progress.step}; {processes} x {device.type}; to {args.out}")
+        start = "scratch" if args.init == "none" else args.init
+        print(f"{args.model} from {start}, {parameters:,} parameters; {len(train):,} training and {len(val):,} "
+              f"validation images of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch} steps, from step "
+              f"{progress.step}; {processes} x {device.type}; to {args.out}")
 
     # Training
     batches = iter(make_loader(train_set, Batches(len(train), args, progress.step), args, device))
@@ -341,9 +345,10 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         # Drawn for the whole batch on every process, so that it does not matter which of them has an image.
-        seed = seed_of(args.seed, progress.step)
-        drop_path = model.draw_drop_path(args.batch_size, torch.Generator().manual_seed(seed))
-        mixing = draw_mixing(args.batch_size // 2, args.image_size, args.mixup, args.cutmix, seed)
+        generator = torch.Generator().manual_seed(seed_of(args.seed, "drop_path", progress.step))
+        drop_path = model.draw_drop_path(args.batch_size, generator)
+        mixing = draw_mixing(args.batch_size // 2, args.image_size, args.mixup, args.cutmix,
+                             seed_of(args.seed, "mixing", progress.step))
         loss, unreadable = torch.zeros((), device=device), []
         for micro_step in range(args.accum_steps):
             start = (rank * args.accum_steps + micro_step) * micro_batch
@@ -381,6 +386,7 @@ def main():
         if weights:
             progress.save(dict(weights, optimizer=optimizer.state_dict(), best=best))
         if interrupted:
+            dist.barrier()  # torchrun ends all processes soon after the first: let it have saved
             raise Stop(f"Interrupted at step {progress.step}, which is saved: the same command continues.",
                        code=os.EX_TEMPFAIL)
 
@@ -392,11 +398,13 @@ def main():
 
 def evaluate_checkpoint(args, model, val_set, device):
     """Print the accuracy of a checkpoint's weights and, where it has one, of their average."""
-    has_ema = from_first_process(lambda: "model_ema" in read_checkpoint(args.eval))
+    with bad_input():
+        has_ema = from_first_process(lambda: "model_ema" in read_checkpoint(args.eval))
     for ema in (False, True) if has_ema else (False,):
-        if "head" in from_first_process(lambda: load_weights(model, args.eval, ema)):
-            raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as --data has: "
-                             f"finetune it first, or give its own data.")
+        with bad_input():
+            if "head" in from_first_process(lambda: load_weights(model, args.eval, ema)):
+                raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as --data has: "
+                                 f"finetune it first, or give its own data.")
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
         top1, top5, loss, left_out = evaluate(model, val_set, args, device)

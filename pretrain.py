@@ -11,6 +11,8 @@ workers nor an interruption changes what is computed.
 
 import argparse
 import contextlib
+import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -33,7 +35,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from arm import ARM, MODELS, read_checkpoint
+from arm import ARM, MODELS, kernels, read_checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -41,6 +43,7 @@ RECIPES = {  # where the paper's recipe differs between models
     "arm_large": dict(batch_size=1024),
     "arm_huge": dict(batch_size=512, epochs=800),
 }
+MAY_CHANGE = ("data", "out", "resume", "eval", "workers", "device", "accum_steps", "checkpoint_minutes")  # on resuming
 DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=8, warmup_epochs=1,
                      batch_size=64, blr=8e-3, workers=0, drawings=3200, out="runs/demo_pretrain")
 
@@ -114,10 +117,14 @@ def start_processes(device):
     with bad_input():
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda needs a GPU that torch can see, and there is none: use --device cpu.")
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device == "cuda" and local_processes > torch.cuda.device_count():
+            raise ValueError(f"There are {local_processes} processes for {torch.cuda.device_count()} GPUs: give "
+                             f"torchrun --nproc_per_node {torch.cuda.device_count()}.")
+        kernels(torch.device(device))  # ARM_SCAN may ask for what is not there
     device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     rank, processes = process()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10), rank=rank,
                             world_size=processes, store=None if "MASTER_ADDR" in os.environ else dist.HashStore())
@@ -273,7 +280,7 @@ class Images(Dataset):
         if image is None:
             raise ValueError("100 images in a row could not be decoded.")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, epoch, index))
+            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             return self.transform(image), label, unreadable
 
 
@@ -310,9 +317,15 @@ def make_loader(dataset, batches, args, device):
                       pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
 
 
+@functools.lru_cache
+def mean_and_std(device):
+    """ImageNet's, (3, 1, 1) each; copied to the device once, since a copy waits for it."""
+    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+
+
 def normalize(images, device):
     """uint8 images (B, 3, H, W) -> float32 with ImageNet's mean and spread, on the device."""
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = mean_and_std(device)
     return (images.to(device, non_blocking=True).float() / 255 - mean) / std
 
 
@@ -360,9 +373,9 @@ def save_checkpoint(path, checkpoint):
         raise Stop(f"Cannot write {path}: {reason} The checkpoint before it is as it was.", everywhere=False) from None
 
 
-def resume_checkpoint(args, model, same):
-    """The checkpoint to continue from, --resume or --out's last.pth, or None. Raises ValueError where it cannot be read
-    or where one of the arguments named in `same`, which make it the same run, was another.
+def resume_checkpoint(args, model, images):
+    """The checkpoint to continue from, --resume or --out's last.pth, or None. Raises ValueError where it cannot be
+    read, or is of a run with another model, other arguments (MAY_CHANGE aside) or another number of images.
     """
     path = args.resume or os.path.join(args.out, "last.pth")
     found = args.resume is not None or os.path.exists(path)
@@ -373,13 +386,16 @@ def resume_checkpoint(args, model, same):
     checkpoint = read_checkpoint(path)
     if "run" not in checkpoint or "optimizer" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint that a run can continue from.")
-    for name in same:
-        if checkpoint["args"].get(name) != getattr(args, name):
-            raise ValueError(f"{path} was made with --{name} {checkpoint['args'].get(name)}, this run has "
-                             f"{getattr(args, name)}: give the same, or another --out.")
     shapes, own = ({k: v.shape for k, v in weights.items()} for weights in (checkpoint["model"], model.state_dict()))
     if shapes != own:
         raise ValueError(f"{path} is a checkpoint of another model, or of other classes: give another --out.")
+    for name, value in vars(args).items():
+        if name not in MAY_CHANGE and checkpoint["args"].get(name) != value:
+            raise ValueError(f"{path} was made with --{name} {checkpoint['args'].get(name)}, this run has {value}: "
+                             f"give the same, or another --out.")
+    if checkpoint["run"]["images"] != images:
+        raise ValueError(f"{path} was made with {checkpoint['run']['images']} images, and --data now holds {images}: "
+                         f"give the same, or another --out.")
     return checkpoint
 
 
@@ -419,7 +435,8 @@ class Progress:
 
     def state(self):
         """What a checkpoint keeps of it."""
-        return dict(step=self.step, totals=self.totals.tolist(), unreadable=sorted(self.unreadable))
+        return dict(step=self.step, images=len(self.source), totals=self.totals.tolist(),
+                    unreadable=sorted(self.unreadable))
 
     def after_step(self, loss, dropped, unreadable, lr):
         """Count a step. Returns true where the run has been interrupted and should write its checkpoint and stop."""
@@ -492,9 +509,12 @@ class Progress:
         self.epoch_started, self.epoch_first_step = time.monotonic(), self.step
 
     def write_log(self, entry):
-        """Append a line, unless the run wrote it before it was interrupted."""
+        """Append a line, unless the run wrote it before it was interrupted. JSON has no NaN: null stands for it."""
         if self.first and log_key(entry) not in self.logged:
-            os.write(self.log, (json.dumps(entry) + "\n").encode())
+            entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+            line = (json.dumps(entry) + "\n").encode()
+            if os.write(self.log, line) < len(line):
+                raise OSError(errno.ENOSPC, "No space left on device", os.path.join(self.args.out, "log.jsonl"))
 
     def say(self, line):
         if self.first:
@@ -588,7 +608,11 @@ def get_args():
     parser.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm")
     add_common_arguments(parser)
     parser.set_defaults(batch_size=2048)
-    return parse_args(parser, DEMONSTRATION, RECIPES)
+    args = parse_args(parser, DEMONSTRATION, RECIPES)
+    with bad_input():
+        if not args.clip_grad > 0:
+            raise ValueError(f"--clip_grad must be more than 0, not {args.clip_grad}; inf for no clipping.")
+    return args
 
 
 def save_picture(path, model, images):
@@ -628,8 +652,7 @@ def main():
     with bad_input():
         size = MODELS[args.model]
         arm = ARM(args.image_size, args.patch_size, args.cluster_size, **size, decoder_dim=min(512, size["dim"]))
-        checkpoint = resume_checkpoint(args, arm, ["model", "image_size", "patch_size", "cluster_size", "batch_size",
-                                                   "seed"])
+        checkpoint = resume_checkpoint(args, arm, len(source))
     model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
     decayed = [p for p in arm.parameters() if p.ndim > 1]
     others = [p for p in arm.parameters() if p.ndim <= 1]
@@ -639,6 +662,7 @@ def main():
         arm.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     progress = Progress(args, source, steps_per_epoch, device, checkpoint["run"] if checkpoint else {})
+    del checkpoint  # which is large
     if first:
         parameters = sum(p.numel() for p in arm.parameters())
         print(f"{args.model}, {parameters:,} parameters; {len(source):,} images, {args.epochs} epochs of "
@@ -673,6 +697,7 @@ def main():
         if interrupted or not inside_epoch or progress.checkpoint_due():
             progress.save(dict(model=arm.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch))
         if interrupted:
+            dist.barrier()  # torchrun ends all processes soon after the first: let it have saved
             raise Stop(f"Interrupted at step {progress.step}, which is saved: the same command continues.",
                        code=os.EX_TEMPFAIL)
 

@@ -47,10 +47,12 @@ class Running:
         self.process.start()
         self.pid = self.process.pid
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Returns (exit code, what it printed)."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, "still running: " + self.output()
+        if self.process.exitcode is None:
+            self.process.kill()
+            pytest.fail(f"still running after {timeout} s: {self.output()}")
         return self.process.exitcode, self.output()
 
     def output(self):

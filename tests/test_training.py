@@ -364,7 +364,7 @@ def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(images, tmp_
         time.sleep(0.1)
         assert run.poll() is None, run.stdout.read()
     os.kill(next(worker_pids(tmp_path / "killed")), signal.SIGKILL)
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("from step") == 2, output
     assert close(tmp_path / "alone" / "last.pth", tmp_path / "killed" / "last.pth")
@@ -378,7 +378,7 @@ def test_two_nodes_train_together(images, tmp_path):
                   "--rdzv_id", os.getpid()]
     nodes = [torchrun(*rendezvous, "pretrain.py", *arguments, "--out", tmp_path / "two") for _ in range(2)]
     for node in nodes:
-        output, _ = node.communicate(timeout=120)
+        output, _ = node.communicate(timeout=300)
         assert node.returncode == 0, output
     assert close(tmp_path / "one" / "last.pth", tmp_path / "two" / "last.pth")
 
@@ -396,6 +396,7 @@ def test_two_nodes_train_together(images, tmp_path):
     ("pretrain", ["--epochs", 0], "--epochs must be at least 1"),
     ("pretrain", ["--epochs", 1], "--warmup_epochs 1 leaves nothing"),
     ("pretrain", ["--blr", "nan"], "--blr must be 0 or more"),
+    ("pretrain", ["--clip_grad", 0], "--clip_grad must be more than 0"),
     ("pretrain", ["--epochs", "many"], "invalid int value"),
     ("pretrain", ["--model", "arm_gigantic"], "invalid choice"),
     ("pretrain", ["--resume", "/nowhere.pth"], "cannot read the checkpoint /nowhere.pth"),
@@ -442,7 +443,8 @@ def test_resuming_with_another_model_or_batch_is_refused(images, tmp_path):
     assert script("pretrain", *arguments)[0] == 0
     before = (tmp_path / "last.pth").read_bytes()
     for change, sentence in ((["--batch_size", 4], "was made with --batch_size 8, this run has 4"),
-                             (["--cluster_size", 1], "was made with --cluster_size 2, this run has 1")):
+                             (["--cluster_size", 1], "was made with --cluster_size 2, this run has 1"),
+                             (["--data", images / "val", "--batch_size", 8], "was made with 16 images")):
         code, output = script("pretrain", *arguments, *change)
         assert code == 2 and sentence in output, output
     code, output = script("finetune", *FINETUNE, "--data", images, "--resume", tmp_path / "last.pth", "--out",
