@@ -28,6 +28,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
@@ -126,8 +127,12 @@ def start_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank, processes = process()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10), rank=rank,
-                            world_size=processes, store=None if "MASTER_ADDR" in os.environ else dist.HashStore())
+    store = next(rendezvous("env://"))[0] if "MASTER_ADDR" in os.environ else dist.HashStore()
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps one store over its restarts: the addresses of the processes that have ended must not be found.
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=processes,
+                            timeout=timedelta(minutes=10))
     return device
 
 
