@@ -21,8 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode, v2
 
 from arm import MODELS, ARMClassifier, load_weights, read_checkpoint
-from pretrain import (MEAN, STD, Batches, Drawings, ImageFiles, Images, Parser, Progress, Stop, add_common_arguments,
-                      bad_input, check_run, from_first_process, learning_rate, list_images, make_loader, normalize,
+from pretrain import (MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments, bad_input,
+                      check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std, normalize,
                       optimizer_step, parse_args, process, resume_checkpoint, run, save_checkpoint, seed_of,
                       start_processes)
 
@@ -100,7 +100,7 @@ class RandomErasing(v2.RandomErasing):
         params = super().make_params(flat_inputs)
         if params["v"] is not None:
             h, w = params["h"], params["w"]
-            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+            mean, std = mean_and_std(torch.device("cpu"))
             params["v"] = ((torch.randn(3, h, w) * std + mean) * 255).round().clamp(0, 255).byte()
         return params
 
@@ -386,9 +386,7 @@ def main():
         if weights:
             progress.save(dict(weights, optimizer=optimizer.state_dict(), best=best))
         if interrupted:
-            dist.barrier()  # torchrun ends all processes soon after the first: let it have saved
-            raise Stop(f"Interrupted at step {progress.step}, which is saved: the same command continues.",
-                       code=os.EX_TEMPFAIL)
+            progress.stop_interrupted()
 
     progress.bar.close()
     if first:

@@ -495,6 +495,12 @@ class Progress:
                             dict(checkpoint, run=self.state(), args=vars(self.args)))
         self.saved_at = time.monotonic()
 
+    def stop_interrupted(self):
+        """End an interrupted run, on every process, once the first has saved it: torchrun ends all soon after one."""
+        dist.barrier()
+        raise Stop(f"Interrupted at step {self.step}, which is saved: the same command continues.",
+                   code=os.EX_TEMPFAIL)
+
     def end_epoch(self, lr, **results):
         """Write the epoch's line to log.jsonl and TensorBoard, and start the next epoch's count."""
         loss_sum, taken, dropped, in_row = self.totals.tolist()
@@ -702,9 +708,7 @@ def main():
         if interrupted or not inside_epoch or progress.checkpoint_due():
             progress.save(dict(model=arm.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch))
         if interrupted:
-            dist.barrier()  # torchrun ends all processes soon after the first: let it have saved
-            raise Stop(f"Interrupted at step {progress.step}, which is saved: the same command continues.",
-                       code=os.EX_TEMPFAIL)
+            progress.stop_interrupted()
 
     progress.bar.close()
     if first:

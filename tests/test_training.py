@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, Running, processes, same_weights, script, weights, write_images
+from conftest import ROOT, processes, same_weights, script, weights, write_images
 from soak import FINETUNE, PRETRAIN, TINY, survive
 
 import finetune
