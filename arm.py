@@ -27,10 +27,20 @@ import math
 import os
 import pickle
 import re
+from types import SimpleNamespace
+from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch brings it where it supports CUDA; elsewhere the kernels below are never called
+    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=float)
 
 MODELS = {  # name: arguments of ARM and of ARMClassifier
     "arm_tiny": dict(dim=128, depth=6),  # for the demonstration, not in the paper
@@ -103,20 +113,21 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, delta, dx, A, B, C):
-        """delta, dx = delta x: (B, G, L, D); A: (G, D, N); B, C: (B, G, L, N). Returns y: (B, G, L, D)."""
-        h = dx.new_zeros(len(dx), *A.shape)  # (B, G, D, N)
+        """delta, dx = delta x: (G, B, L, D); A: (G, D, N); B, C: (G, B, L, N). Returns y: (G, B, L, D)."""
+        A = A[:, None]  # (G, 1, D, N)
+        h = dx.new_zeros(*dx.shape[:2], *A.shape[2:])  # (G, B, D, N)
         y, kept = torch.empty_like(dx), []
         for t in range(dx.shape[2]):
             if t % SelectiveScan.CHUNK == 0:
                 kept.append(h)
             h = SelectiveScan.step(h, torch.exp(delta[:, :, t, :, None] * A), dx, B, t)
-            y[:, :, t] = (h @ C[:, :, t, :, None]).squeeze(-1)  # (B, G, D)
+            y[:, :, t] = (h @ C[:, :, t, :, None]).squeeze(-1)  # (G, B, D)
         ctx.save_for_backward(delta, dx, A, B, C, *kept)
         return y
 
     @staticmethod
     def step(h, decay, dx, B, t):
-        """The state after token t: (B, G, D, N)."""
+        """The state after token t: (G, B, D, N)."""
         return torch.addcmul(dx[:, :, t, :, None] * B[:, :, t, None, :], decay, h)
 
     @staticmethod
@@ -124,7 +135,7 @@ class SelectiveScan(torch.autograd.Function):
         """The gradient g of the state obeys the same recurrence, run from the last token to the first."""
         delta, dx, A, B, C, *kept = ctx.saved_tensors
         grad_delta, grad_dx, grad_B, grad_C = map(torch.empty_like, (delta, dx, B, C))
-        g, grad_A = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])  # (B, G, D, N)
+        g, grad_A = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])  # (G, B, D, N)
         for chunk in reversed(range(len(kept))):
             start = chunk * SelectiveScan.CHUNK
             stop = min(start + SelectiveScan.CHUNK, dx.shape[2])
@@ -133,7 +144,7 @@ class SelectiveScan(torch.autograd.Function):
                 decays.append(torch.exp(delta[:, :, t, :, None] * A))
                 states.append(SelectiveScan.step(states[-1], decays[-1], dx, B, t))
             for t in reversed(range(start, stop)):
-                dy_t = dy[:, :, t, :, None]  # (B, G, D, 1)
+                dy_t = dy[:, :, t, :, None]  # (G, B, D, 1)
                 g.addcmul_(dy_t, C[:, :, t, None, :])
                 grad_C[:, :, t] = (dy_t.mT @ states.pop()).squeeze(-2)
                 grad_B[:, :, t] = (dx[:, :, t, None, :] @ g).squeeze(-2)
@@ -142,55 +153,68 @@ class SelectiveScan(torch.autograd.Function):
                 grad_exponent = g * states[-1]
                 grad_delta[:, :, t] = (grad_exponent * A).sum(-1)
                 grad_A.addcmul_(grad_exponent, delta[:, :, t, :, None])
-        return grad_delta, grad_dx, grad_A.sum(0), grad_B, grad_C
+        return grad_delta, grad_dx, grad_A.sum(1), grad_B, grad_C
 
 
-def selective_scan(x, dt, dt_bias, A, B, C, D):
-    """The selective scan with its step size and skip (Mamba, algorithm 2), of G sequences with parameters of their own.
+def selective_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
+    """The selective scan with its step size, skip and gate (Mamba, algorithm 2), in G directions with parameters of
+    their own, whose results are put back in one order and averaged.
 
-    x, dt: (B, G, L, D), dt before its bias and the softplus; dt_bias, D: (G, D); A: (G, D, N), negative; B, C:
-    (B, G, L, N). Returns (B, G, L, D) in the dtype of x; inside, everything is float32 (or float64, if x is).
+    x, dt: (G, B, L, D) in the orders of the scans, dt before its bias and the softplus; dt_bias, D: (G, D); A: (G, D,
+    N), negative; B, C: (G, B, L, N); z: (B, L, D), the gate; orders: (G, L), the permutations of z's order in which the
+    directions come, or None for one direction as it is. Returns (B, L, D) in the dtype of x; inside, everything is
+    float32 (or float64, if x is).
     """
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
         x32, dt, dt_bias, A, B, C, D = (t.to(dtype) for t in (x, dt, dt_bias, A, B, C, D))
-        delta = F.softplus(dt + dt_bias[:, None])  # (B, G, L, D)
-        y = SelectiveScan.apply(delta, delta * x32, A, B, C) + D[:, None] * x32
-        return y.to(x.dtype)
+        delta = F.softplus(dt + dt_bias[:, None, None])  # (G, B, L, D)
+        y = SelectiveScan.apply(delta, delta * x32, A, B, C) + D[:, None, None] * x32
+        return merge(y, z, orders).to(x.dtype)
 
 
-def causal_conv1d(x, weight, bias):
-    """SiLU of a depthwise convolution in which a token sees itself and the width - 1 tokens before it.
+def merge(y, z, orders):
+    """The end of the scans: y, (G, B, L, D), in the order of z, averaged and gated: (B, L, D)."""
+    if orders is not None:
+        y = torch.stack([y_g[:, order] for y_g, order in zip(y, inverse_order(orders))])
+    return y.mean(dim=0) * F.silu(z)
 
-    x: (B, G, L, D); weight: (G, D, width); bias: (G, D). Returns (B, G, L, D).
+
+def causal_conv1d(x, weight, bias, orders=None):
+    """SiLU of depthwise convolutions in which a token sees itself and the width - 1 tokens before it, in G directions.
+
+    x: (B, L, D); weight: (G, D, width); bias: (G, D); orders: (G, L), the order in which each direction reads x, or
+    None for one direction as it comes. Returns (G, B, L, D) in those orders.
     """
+    x = x[None] if orders is None else torch.stack([x[:, order] for order in orders])  # (G, B, L, D)
     length, width = x.shape[2], weight.shape[-1]
-    past = F.pad(x, (0, 0, width - 1, 0))  # (B, G, width - 1 + L, D)
+    past = F.pad(x, (0, 0, width - 1, 0))  # (G, B, width - 1 + L, D)
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    y = sum(past[:, :, k : k + length] * weight[:, None, :, k] for k in range(width))
-    return F.silu(y + bias[:, None])
+    y = sum(past[:, :, k : k + length] * weight[:, None, None, :, k] for k in range(width))
+    return F.silu(y + bias[:, None, None])
 
 
-def mamba_ssm_scan(x, dt, dt_bias, A, B, C, D):
+def mamba_ssm_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
     """`selective_scan` by the mamba-ssm package's CUDA kernel, all directions in one call as its groups."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    def channels_first(t):  # (B, G, L, D) -> (B, G * D, L), as the kernel reads it
-        return t.transpose(2, 3).flatten(1, 2)
+    def channels_first(t):  # (G, B, L, D) -> (B, G * D, L), as the kernel reads it
+        return t.permute(1, 0, 3, 2).flatten(1, 2)
 
-    B, C = (t.to(x.dtype).transpose(2, 3).contiguous() for t in (B, C))  # (B, G, N, L)
+    B, C = (t.to(x.dtype).permute(1, 0, 3, 2).contiguous() for t in (B, C))  # (B, G, N, L)
     y = selective_scan_fn(channels_first(x), channels_first(dt.to(x.dtype)), A.float().flatten(0, 1), B, C,
                           D.float().flatten(), delta_bias=dt_bias.float().flatten(), delta_softplus=True)
-    return y.unflatten(1, x.shape[1::2]).transpose(2, 3)
+    return merge(y.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2), z, orders)
 
 
-def mamba_ssm_conv1d(x, weight, bias):
+def mamba_ssm_conv1d(x, weight, bias, orders=None):
     """`causal_conv1d` by the causal-conv1d package's CUDA kernel."""
     from causal_conv1d import causal_conv1d_fn
 
+    x = x[:, None] if orders is None else x[:, orders]  # (B, G, L, D)
     weight, bias = weight.to(x.dtype).flatten(0, 1), bias.to(x.dtype).flatten()
     y = causal_conv1d_fn(x.transpose(2, 3).flatten(1, 2), weight, bias, activation="silu")
-    return y.unflatten(1, x.shape[1::2]).transpose(2, 3)
+    return y.unflatten(1, x.shape[1::2]).permute(1, 0, 3, 2)
 
 
 @functools.lru_cache
@@ -204,19 +228,25 @@ def mamba_ssm_installed():
 
 
 def kernels(device):
-    """The convolution and the scan that run on `device`: mamba-ssm's on CUDA where they are installed, else PyTorch's.
+    """The convolution and the scan that run on `device`: on CUDA those in Triton at the end of this file, else PyTorch's.
 
-    The environment variable ARM_SCAN=torch or ARM_SCAN=mamba_ssm forces a choice. Raises ValueError for another value,
-    or where mamba_ssm is asked for and cannot run.
+    The environment variable ARM_SCAN=torch, triton or mamba_ssm forces a choice. Raises ValueError for another value, or
+    where the choice cannot run.
     """
-    choice = os.environ.get("ARM_SCAN", "")
-    if choice not in ("", "torch", "mamba_ssm"):
-        raise ValueError(f"ARM_SCAN={choice} is not a scan: use torch or mamba_ssm")
-    if choice != "torch" and device.type == "cuda" and mamba_ssm_installed():
-        return mamba_ssm_conv1d, mamba_ssm_scan
+    triton_installed = not isinstance(triton, SimpleNamespace)
+    default = "triton" if device.type == "cuda" and triton_installed else "torch"
+    choice = os.environ.get("ARM_SCAN") or default
+    if choice == "torch":
+        return causal_conv1d, selective_scan
+    if choice == "triton":
+        if triton_installed and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+            return triton_conv1d, triton_scan
+        raise ValueError("ARM_SCAN=triton needs a CUDA device and Triton, which comes with PyTorch for CUDA")
     if choice == "mamba_ssm":
+        if device.type == "cuda" and mamba_ssm_installed():
+            return mamba_ssm_conv1d, mamba_ssm_scan
         raise ValueError("ARM_SCAN=mamba_ssm needs a CUDA device and the packages mamba-ssm and causal-conv1d")
-    return causal_conv1d, selective_scan
+    raise ValueError(f"ARM_SCAN={choice} is not a scan: use torch, triton or mamba_ssm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,19 +302,15 @@ class Mamba(nn.Module):
         """u: (B, L, D); orders: (G, L), one permutation for each direction, or None for one direction as it comes."""
         conv1d, scan = kernels(u.device)
         x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, L, D) each
-        x = x[:, None] if orders is None else x[:, orders]  # (B, G, L, D)
-        x = conv1d(x, self.stack("conv1d.weight").squeeze(2), self.stack("conv1d.bias"))
+        x = conv1d(x, self.stack("conv1d.weight").squeeze(2), self.stack("conv1d.bias"), orders)  # (G, B, L, D)
         A = -self.stack("A_log").exp()  # (G, D, N)
         state_size = A.shape[-1]
         rank = self.directions[0].dt_proj.in_features
-        dt_B_C = torch.einsum("bgld,gnd->bgln", x, self.stack("x_proj.weight"))  # (B, G, L, R + 2 N)
+        dt_B_C = torch.einsum("gbld,gnd->gbln", x, self.stack("x_proj.weight"))  # (G, B, L, R + 2 N)
         dt, B, C = dt_B_C.split([rank, state_size, state_size], dim=-1)
-        dt = torch.einsum("bglr,gdr->bgld", dt, self.stack("dt_proj.weight"))  # (B, G, L, D)
-        y = scan(x, dt, self.stack("dt_proj.bias"), A, B, C, self.stack("D"))  # (B, G, L, D)
-        if orders is not None:
-            direction = torch.arange(len(orders), device=y.device)[:, None]  # (G, 1)
-            y = y[:, direction, inverse_order(orders)]  # (B, G, L, D), back in raster order
-        return self.out_proj(y.mean(dim=1) * F.silu(z))  # (B, L, D)
+        dt = torch.einsum("gblr,gdr->gbld", dt, self.stack("dt_proj.weight"))  # (G, B, L, D)
+        y = scan(x, dt, self.stack("dt_proj.bias"), A, B, C, self.stack("D"), z, orders)  # (B, L, D)
+        return self.out_proj(y)
 
 
 class SwiGLU(nn.Module):
@@ -296,7 +322,15 @@ class SwiGLU(nn.Module):
         self.w1, self.w2, self.w3 = linear(dim, hidden), linear(dim, hidden), linear(hidden, dim)
 
     def forward(self, x):
+        """x: (B, L, D) -> (B, L, D)."""
+        if x.is_cuda and self.w1.out_features % 8:
+            return self.padded(x, -self.w1.out_features % 8)
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+    def padded(self, x, pad):
+        """The same with `pad` more hidden units of zero weight: GPUs are slow at widths that 8 does not divide."""
+        w1, w2 = (F.linear(x, F.pad(w.weight, (0, 0, 0, pad)), F.pad(w.bias, (0, pad))) for w in (self.w1, self.w2))
+        return F.linear(F.silu(w1) * w2, F.pad(self.w3.weight, (0, pad)), self.w3.bias)
 
 
 class Block(nn.Module):
@@ -314,6 +348,11 @@ class Block(nn.Module):
         mixed, mlp = (1, 1) if branch_scale is None else branch_scale[..., None, None].unbind(1)  # (B, 1, 1) each
         x = x + mixed * self.mixer(self.norm1(x), orders)
         return x + mlp * self.mlp(self.norm2(x))
+
+
+def run_block(block, *inputs, recompute):
+    """block(*inputs); with recompute, its activations are not kept but computed again in the backward pass."""
+    return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
 
 
 def patch_embedding(dim, patch_size):
@@ -390,6 +429,7 @@ class ARM(nn.Module):
                  decoder_depth=4):
         super().__init__()
         self.image_size, self.patch_size = image_size, patch_size
+        self.activation_checkpointing = False  # the encoder's: less memory for about a third more work
         self.grid = patch_grid(image_size, patch_size)
         order = cluster_order(self.grid, cluster_size)
         if self.grid == cluster_size:
@@ -434,7 +474,7 @@ class ARM(nn.Module):
         x = x[:, self.order[: -self.cluster_tokens]]  # (B, T, D)
         tapped = []
         for i, layer in enumerate(self.layers, start=1):
-            x = layer(x)
+            x = run_block(layer, x, recompute=self.activation_checkpointing)
             if i in self.taps:
                 tapped.append(self.tap_norms[len(tapped)](x))
 
@@ -488,6 +528,7 @@ class ARMClassifier(nn.Module):
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is a rate from 0 to below 1, not {drop_path}")
         self.image_size, self.pool = image_size, pool
+        self.activation_checkpointing = False  # as in ARM
         self.grid = patch_grid(image_size, patch_size)
         self.register_buffer("orders", scan_orders(self.grid), persistent=False)  # (4, L)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
@@ -523,7 +564,8 @@ class ARMClassifier(nn.Module):
         x = embed_patches(self.patch_embed, images, self.image_size)
         x = with_cls(x, self.cls_token.expand(len(x), -1, -1)) + self.pos_embed  # (B, L, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.orders, None if branch_scale is None else branch_scale[:, i])
+            scale = None if branch_scale is None else branch_scale[:, i]
+            x = run_block(layer, x, self.orders, scale, recompute=self.activation_checkpointing)
         return self.norm(x)
 
     def draw_drop_path(self, batch, generator=None):
@@ -672,3 +714,375 @@ def load_weights(model, path_or_url, ema=False):
     print(f"Loaded {len(loaded)} of {len(own)} tensors from {path_or_url} ({part}); "
           f"fresh: {', '.join(sorted(fresh)) or 'none'}; ignored: {', '.join(sorted(ignored)) or 'none'}.")
     return fresh
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scan and the convolution on GPUs, in Triton: what selective_scan and causal_conv1d compute, forward and backward.
+#
+# A program is one warp of 32 threads. It walks the tokens of one sequence of one direction, for a block of channels,
+# with the states of these channels in its registers: nothing of size (L, D, N) is ever in memory. So that the backward
+# walk need not start from the first token, the forward walk leaves the state before every CHUNK-th token; from there
+# the backward walk computes the states of a chunk again, and keeps those in registers too.
+#
+# A block's states are a tile of four axes: (states in a thread, channels in a thread, threads along the states, threads
+# along the channels). Sums over the first two are free, sums over the last two pass between threads. A token's B and C
+# have the axes of the states, its x, delta and y those of the channels, and a sequence's places are rows of memory.
+
+CHUNK = 8  # tokens
+LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
+
+
+@triton.jit
+def state_tile(block, N: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Indices of a block's tile of states, where LANES threads share the N of a channel: its states n, (N / LANES, 1,
+    LANES, 1), and its channels d, (1, BLOCK * LANES / 32, LANES, 32 / LANES). A thread's n and d are neighbours, and d
+    is the same along LANES: written out, so that every thread loads the channels that it needs, and none is exchanged.
+    """
+    n = tl.arange(0, N // LANES)[:, None, None, None] + tl.arange(0, LANES)[None, None, :, None] * (N // LANES)
+    PER_THREAD: tl.constexpr = BLOCK * LANES // 32
+    d = tl.arange(0, PER_THREAD)[None, :, None, None] + tl.arange(0, 32 // LANES)[None, None, None, :] * PER_THREAD
+    return n, block * BLOCK + d + 0 * tl.arange(0, LANES)[None, None, :, None]
+
+
+@triton.jit
+def sum_states(tile):
+    return tl.sum(tl.sum(tile, 0, keep_dims=True), 2, keep_dims=True)
+
+
+@triton.jit
+def sum_channels(tile):
+    return tl.sum(tl.sum(tile, 1, keep_dims=True), 3, keep_dims=True)
+
+
+@triton.jit
+def sigmoid(x):
+    r = tl.rsqrt(1 + tl.exp2(x * -LOG2E))  # a reciprocal square root is one instruction, a division is many
+    return r * r
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 artanh(s) with s = e / (2 + e), at most 1 / 3."""
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    r = tl.rsqrt(2 + e)
+    s = e * r * r
+    q = s * s
+    return tl.maximum(x, 0) + 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
+
+
+@triton.jit
+def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept, batch, length, z_row: tl.constexpr,
+                        GATED: tl.constexpr, ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr,
+                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
+    direction, image = sequence // batch, sequence % batch
+    n, d = state_tile(block, N, BLOCK, LANES)
+    inside = d < DIM if DIM % BLOCK else tl.full(d.shape, True, tl.int1)
+    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside & (n < N), 0.0) * LOG2E
+    D_ = tl.load(D + direction * DIM + d, inside, 0.0)
+    bias = tl.load(dt_bias + direction * DIM + d, inside, 0.0)
+
+    x += sequence * length * DIM + d
+    dt += sequence * length * DIM + d
+    B += sequence * length * N + n
+    C += sequence * length * N + n
+    out += sequence * length * DIM + d
+    ungated += sequence * length * DIM + d
+    z += image * length * z_row + d
+    order += direction * length
+    kept += sequence * tl.cdiv(length, CHUNK) * DIM * N + d * N + n
+    h = tl.zeros_like(A_2)
+    for start in range(0, length, CHUNK):
+        tl.store(kept, h, inside & (n < N))
+        kept += DIM * N
+        for i in tl.static_range(CHUNK):
+            t = tl.minimum(start + i, length - 1)  # past the end, the last token again, without effect
+            real = inside & (start + i < length)
+            x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
+            delta = softplus(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
+            h = tl.exp2(delta * A_2) * h + (delta * x_t) * tl.load(B + t * N)
+            y = sum_states(h * tl.load(C + t * N)) + D_ * x_t
+            if ORDERED:
+                t = tl.load(order + t)
+            if GATED:
+                tl.store(ungated + t * DIM, y, real)
+                z_t = tl.load(z + t * z_row, inside, 0.0).to(tl.float32)
+                y *= z_t * sigmoid(z_t)
+            tl.store(out + t * DIM, y, real)
+
+
+@triton.jit
+def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, dx, ddt, dbias, dA, dB, dC, dD, dz,
+                         batch, length, z_row: tl.constexpr, DIRECTIONS: tl.constexpr, GATED: tl.constexpr,
+                         ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+                         BLOCK: tl.constexpr, LANES: tl.constexpr):
+    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
+    direction, image = sequence // batch, sequence % batch
+    n, d = state_tile(block, N, BLOCK, LANES)
+    inside = d < DIM if DIM % BLOCK else tl.full(d.shape, True, tl.int1)
+    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside & (n < N), 0.0) * LOG2E
+    D_ = tl.load(D + direction * DIM + d, inside, 0.0)
+    bias = tl.load(dt_bias + direction * DIM + d, inside, 0.0)
+
+    x += sequence * length * DIM + d
+    dx += sequence * length * DIM + d
+    dt += sequence * length * DIM + d
+    ddt += sequence * length * DIM + d
+    B += sequence * length * N + n
+    C += sequence * length * N + n
+    dB += (sequence * tl.cdiv(DIM, BLOCK) + block) * length * N + n
+    dC += (sequence * tl.cdiv(DIM, BLOCK) + block) * length * N + n
+    ungated += image * length * DIM + d
+    dout += image * length * DIM + d
+    dz += image * length * DIM + d
+    z += image * length * z_row + d
+    order += direction * length
+    chunks = tl.cdiv(length, CHUNK)
+    kept += (sequence + 1) * chunks * DIM * N + d * N + n
+    g, sum_dA = tl.zeros_like(A_2), tl.zeros_like(A_2)  # g is the gradient of the state
+    sum_dD, sum_dbias = tl.zeros_like(D_), tl.zeros_like(D_)
+    for start in range((chunks - 1) * CHUNK, -1, -CHUNK):
+        kept -= DIM * N
+        h = tl.load(kept, inside & (n < N), 0.0)
+        states, deltas = (), ()  # before each token; of each token
+        for i in tl.static_range(CHUNK):
+            t = tl.minimum(start + i, length - 1)
+            x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
+            delta = softplus(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
+            states, deltas = states + (h,), deltas + (delta,)
+            h = tl.exp2(delta * A_2) * h + (delta * x_t) * tl.load(B + t * N)
+        for i in tl.static_range(CHUNK - 1, -1, -1):
+            t = tl.minimum(start + i, length - 1)  # past the end dy is 0, and so is g
+            real = start + i < length
+            x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
+            delta = deltas[i]
+            place = tl.load(order + t) if ORDERED else t
+            dy = tl.load(dout + place * DIM, inside & real, 0.0).to(tl.float32) / DIRECTIONS
+            if GATED:
+                z_t = tl.load(z + place * z_row, inside, 0.0).to(tl.float32)
+                y = tl.load(ungated + place * DIM, inside, 0.0).to(tl.float32)
+                s = sigmoid(z_t)
+                tl.store(dz + place * DIM, dy * y * s * (1 + z_t * (1 - s)), inside & real)
+                dy *= z_t * s
+            g += dy * tl.load(C + t * N)
+            tl.store(dC + t * N, sum_channels(dy * h), real)
+            tl.store(dB + t * N, sum_channels(delta * x_t * g), real)
+            ddx = sum_states(g * tl.load(B + t * N))  # of delta x
+            h = states[i]
+            g *= tl.exp2(delta * A_2)  # from here on the gradient of the state before token t
+            ddelta = sum_states(g * h * A_2) / LOG2E + x_t * ddx
+            ddt_t = ddelta * sigmoid(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
+            tl.store(ddt + t * DIM, ddt_t, inside & real)
+            tl.store(dx + t * DIM, delta * ddx + D_ * dy, inside & real)
+            sum_dA += g * h * delta
+            sum_dD += dy * x_t
+            sum_dbias += ddt_t
+    tl.store(dA + (sequence * DIM + d) * N + n, sum_dA, inside & (n < N))
+    tl.store(dD + sequence * DIM + d, sum_dD, inside)
+    tl.store(dbias + sequence * DIM + d, sum_dbias, inside)
+
+
+@triton.jit
+def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.constexpr, ORDERED: tl.constexpr,
+                        DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
+    direction, image = sequence // batch, sequence % batch
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    inside = d < DIM
+    bias_ = tl.load(bias + direction * DIM + d, inside, 0.0)
+    taps, window = (), ()  # the oldest first
+    for k in tl.static_range(WIDTH):
+        taps += (tl.load(weight + (direction * DIM + d) * WIDTH + k, inside, 0.0),)
+        window += (tl.zeros_like(bias_),)
+    x += image * length * x_row + d
+    out += sequence * length * DIM + d
+    for t in range(length):
+        place = tl.load(order + direction * length + t) if ORDERED else t
+        window = window[1:] + (tl.load(x + place * x_row, inside, 0.0).to(tl.float32),)
+        y = bias_
+        for k in tl.static_range(WIDTH):
+            y += taps[k] * window[k]
+        tl.store(out + t * DIM, y * sigmoid(y), inside)
+
+
+@triton.jit
+def conv_backward_kernel(x, weight, bias, order, dout, dx, dweight, dbias, batch, length, x_row: tl.constexpr,
+                         ORDERED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
+    direction, image = sequence // batch, sequence % batch
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    inside = d < DIM
+    order += direction * length
+    bias_ = tl.load(bias + direction * DIM + d, inside, 0.0)
+    taps, window, later, sums = (), (), (), ()  # later: the gradients before the SiLU, of tokens t, t + 1, ...
+    x += image * length * x_row + d
+    dout += sequence * length * DIM + d
+    dx += sequence * length * DIM + d
+    for k in tl.static_range(WIDTH):
+        taps += (tl.load(weight + (direction * DIM + d) * WIDTH + k, inside, 0.0),)
+        later += (tl.zeros_like(bias_),)
+        sums += (tl.zeros_like(bias_),)
+        t = length - WIDTH + k
+        place = tl.load(order + t, t >= 0, 0) if ORDERED else t
+        window += (tl.load(x + place * x_row, inside & (t >= 0), 0.0).to(tl.float32),)
+    sum_dbias = tl.zeros_like(bias_)
+    for t in range(length - 1, -1, -1):
+        y = bias_
+        for k in tl.static_range(WIDTH):
+            y += taps[k] * window[k]
+        s = sigmoid(y)
+        dy = tl.load(dout + t * DIM, inside, 0.0).to(tl.float32) * s * (1 + y * (1 - s))
+        later = (dy,) + later[: WIDTH - 1]
+        sum_dbias += dy
+        dx_t = tl.zeros_like(dy)
+        updated = ()
+        for k in tl.static_range(WIDTH):
+            updated += (sums[k] + dy * window[k],)
+            dx_t += taps[k] * later[WIDTH - 1 - k]
+        sums = updated
+        place = tl.load(order + t) if ORDERED else t
+        tl.store(dx + place * DIM, dx_t, inside)
+        before = t - WIDTH
+        place = tl.load(order + before, before >= 0, 0) if ORDERED else before
+        window = (tl.load(x + place * x_row, inside & (before >= 0), 0.0).to(tl.float32),) + window[: WIDTH - 1]
+    for k in tl.static_range(WIDTH):
+        tl.store(dweight + (sequence * DIM + d) * WIDTH + k, sums[k], inside)
+    tl.store(dbias + sequence * DIM + d, sum_dbias, inside)
+
+
+
+def evenly_spaced(t):
+    """t, (B, L, D), and the elements from row to row: as it is where it is a slice of a wider tensor, else a copy."""
+    if t.stride(2) != 1 or t.stride(0) != t.shape[1] * t.stride(1):
+        t = t.contiguous()
+    return t, t.stride(1)
+
+
+def float32(*tensors):
+    return [t.float().contiguous() for t in tensors]
+
+
+@torch.library.custom_op("arm::scan", mutates_args=())
+def scan_op(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+            orders: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what selective_scan does, gated only where there is one direction; for the backward pass the result
+    before the gate, if any, and the states before every CHUNK-th token.
+    """
+    directions, batch, length, dim = x.shape
+    gated = directions == 1
+    (x, dt), (z, z_row) = (x.contiguous(), dt.contiguous()), evenly_spaced(z)
+    out, ungated = torch.empty_like(x), torch.empty_like(x if gated else x[:0])
+    kept = x.new_empty(directions, batch, triton.cdiv(length, CHUNK), dim, A.shape[-1], dtype=torch.float32)
+    block = 32
+    scan_forward_kernel[(triton.cdiv(dim, block) * directions * batch,)](
+        x, dt, *float32(dt_bias, A, B, C, D), z, x if orders is None else orders, out, ungated, kept, batch, length,
+        z_row, gated, orders is not None, dim, A.shape[-1], CHUNK, block, LANES=1, num_warps=1)
+    return out.squeeze(0) if gated else out.mean(dim=0), ungated, kept
+
+
+@scan_op.register_fake
+def _(x, dt, dt_bias, A, B, C, D, z, orders):
+    directions, batch, length, dim = x.shape
+    kept = x.new_empty(directions, batch, -(-length // CHUNK), dim, A.shape[-1], dtype=torch.float32)
+    return x.new_empty(batch, length, dim), x.new_empty(int(directions == 1), batch, length, dim), kept
+
+
+@torch.library.custom_op("arm::scan_backward", mutates_args=())
+def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+                     z: Tensor, orders: Optional[Tensor], ungated: Tensor, kept: Tensor) -> list[Tensor]:
+    """The gradients of x, dt, dt_bias, A, B, C, D and, where it was gated, z."""
+    directions, batch, length, dim = x.shape
+    gated = directions == 1
+    (dout, x, dt), (z, z_row) = (t.contiguous() for t in (dout, x, dt)), evenly_spaced(z)
+    dx, ddt, dz = torch.empty_like(x), torch.empty_like(dt), z.new_empty(z.shape if gated else 0)
+    block = 16
+    blocks = triton.cdiv(dim, block)
+    dbias, dD = x.new_empty(2, directions, batch, dim, dtype=torch.float32)
+    dA = x.new_empty(directions, batch, *A.shape[1:], dtype=torch.float32)
+    dB, dC = x.new_empty(2, directions, batch, blocks, length, A.shape[-1], dtype=torch.float32)
+    scan_backward_kernel[(blocks * directions * batch,)](
+        x, dt, *float32(dt_bias, A, B, C, D), z, x if orders is None else orders, ungated, kept, dout, dx, ddt, dbias,
+        dA, dB, dC, dD, dz, batch, length, z_row, directions, gated, orders is not None, dim, A.shape[-1], CHUNK, block,
+        LANES=4, num_warps=1)
+    return [dx, ddt, dbias.sum(1).to(dt_bias.dtype), dA.sum(1).to(A.dtype), dB.sum(2).to(B.dtype),
+            dC.sum(2).to(C.dtype), dD.sum(1).to(D.dtype), dz]
+
+
+@scan_backward_op.register_fake
+def _(dout, x, dt, dt_bias, A, B, C, D, z, orders, ungated, kept):
+    dz = z.new_empty(z.shape if len(x) == 1 else 0)
+    return [*(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, dt_bias, A, B, C, D)), dz]
+
+
+def save_for_scan_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def scan_backward(ctx, dout, *_):
+    *grads, dz = scan_backward_op(dout, *ctx.saved_tensors)
+    return *grads, dz if dz.numel() else None, None
+
+
+scan_op.register_autograd(scan_backward, setup_context=save_for_scan_backward)
+
+
+def triton_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
+    """`selective_scan` by the Triton kernels above. Their block sizes are the fastest of those tried on an H200."""
+    y = scan_op(x, dt, dt_bias, A, B, C, D, z, orders)[0]
+    return y if len(x) == 1 else y * F.silu(z)
+
+
+@torch.library.custom_op("arm::conv1d", mutates_args=())
+def conv_op(x: Tensor, weight: Tensor, bias: Tensor, orders: Optional[Tensor]) -> Tensor:
+    directions, dim, width = weight.shape
+    batch, length, _ = x.shape
+    x, x_row = evenly_spaced(x)
+    out = x.new_empty(directions, batch, length, dim)
+    block = 64
+    conv_forward_kernel[(triton.cdiv(dim, block) * directions * batch,)](
+        x, *float32(weight, bias), x if orders is None else orders, out, batch, length, x_row, orders is not None, dim,
+        width, block, num_warps=1)
+    return out
+
+
+@conv_op.register_fake
+def _(x, weight, bias, orders):
+    return x.new_empty(len(weight), *x.shape)
+
+
+@torch.library.custom_op("arm::conv1d_backward", mutates_args=())
+def conv_backward_op(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, orders: Optional[Tensor]) -> list[Tensor]:
+    directions, dim, width = weight.shape
+    batch, length, _ = x.shape
+    (x, x_row), dout = evenly_spaced(x), dout.contiguous()
+    dx = torch.empty_like(dout)
+    dweight = x.new_empty(directions, batch, dim, width, dtype=torch.float32)
+    dbias = x.new_empty(directions, batch, dim, dtype=torch.float32)
+    block = 64
+    conv_backward_kernel[(triton.cdiv(dim, block) * directions * batch,)](
+        x, *float32(weight, bias), x if orders is None else orders, dout, dx, dweight, dbias, batch, length, x_row,
+        orders is not None, dim, width, block, num_warps=1)
+    dx = dx.squeeze(0) if directions == 1 else dx.sum(dim=0)
+    return [dx, dweight.sum(1).to(weight.dtype), dbias.sum(1).to(bias.dtype)]
+
+
+@conv_backward_op.register_fake
+def _(dout, x, weight, bias, orders):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias)]
+
+
+def save_for_conv_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def conv_backward(ctx, dout):
+    return *conv_backward_op(dout, *ctx.saved_tensors), None
+
+
+conv_op.register_autograd(conv_backward, setup_context=save_for_conv_backward)
+
+
+def triton_conv1d(x, weight, bias, orders=None):
+    """`causal_conv1d` by the Triton kernels above."""
+    return conv_op(x, weight, bias, orders)

@@ -22,9 +22,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from arm import MODELS, ARMClassifier, load_weights, read_checkpoint
 from pretrain import (MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments, bad_input,
-                      check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std, normalize,
-                      optimizer_step, parse_args, process, resume_checkpoint, run, save_checkpoint, seed_of,
-                      start_processes)
+                      check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std, move,
+                      normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run, save_checkpoint,
+                      seed_of, start_processes)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -307,6 +307,7 @@ def main():
     with bad_input():
         model = ARMClassifier(args.image_size, args.patch_size, **MODELS[args.model], num_classes=len(classes),
                               drop_path=args.drop_path, pool=args.pool)
+    prepare(model, args)
     if args.eval:
         return evaluate_checkpoint(args, model.to(device), val_set, device)
     with bad_input():
@@ -321,13 +322,15 @@ def main():
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     ema.update_parameters(model)  # the first call copies: the average starts from the initial weights
+    prepare(ema.module, args)
     best = 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         ema.module.load_state_dict(checkpoint["model_ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         best = checkpoint["best"]
-    progress = Progress(args, train, steps_per_epoch, device, checkpoint["run"] if checkpoint else {})
+    progress = Progress(args, train, steps_per_epoch, device, checkpoint["run"] if checkpoint else {},
+                        model)
     del checkpoint  # which is large
     if first:
         parameters = sum(p.numel() for p in model.parameters())
@@ -356,8 +359,8 @@ def main():
             images = normalize(images, device)
             targets = F.one_hot(labels.to(device, non_blocking=True), len(classes)).float()
             if args.mixup or args.cutmix:
-                images, targets = mix(images, targets, mixing[start // 2 : (start + micro_batch) // 2].to(device))
-            branch_scale = drop_path[start : start + micro_batch].to(device) if args.drop_path else None
+                images, targets = mix(images, targets, move(mixing[start // 2 : (start + micro_batch) // 2], device))
+            branch_scale = move(drop_path[start : start + micro_batch], device) if args.drop_path else None
             last = micro_step == args.accum_steps - 1
             with contextlib.nullcontext() if last else ddp.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

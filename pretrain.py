@@ -11,6 +11,7 @@ workers nor an interruption changes what is computed.
 
 import argparse
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import decode_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import make_grid, save_image
@@ -44,7 +46,8 @@ RECIPES = {  # where the paper's recipe differs between models
     "arm_large": dict(batch_size=1024),
     "arm_huge": dict(batch_size=512, epochs=800),
 }
-MAY_CHANGE = ("data", "out", "resume", "eval", "workers", "device", "accum_steps", "checkpoint_minutes")  # on resuming
+MAY_CHANGE = ("data", "out", "resume", "eval", "workers", "device", "accum_steps", "checkpoint_minutes", "compile",
+              "activation_checkpointing")  # on resuming
 DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=8, warmup_epochs=1,
                      batch_size=64, blr=8e-3, workers=0, drawings=3200, out="runs/demo_pretrain")
 
@@ -93,7 +96,8 @@ def run(main):
     except Stop as stop:
         end = stop
     except torch.OutOfMemoryError:
-        end = Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time.", everywhere=False)
+        end = Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
+                   "--activation_checkpointing.", everywhere=False)
     except OSError as error:
         end = Stop(f"{error.filename or 'A file'}: {error.strerror or error}.", everywhere=False)
     except RuntimeError as error:
@@ -322,9 +326,14 @@ def make_loader(dataset, batches, args, device):
                       pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
 
 
+def move(tensor, device):
+    """A tensor on the device, without waiting for a GPU to have it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @functools.lru_cache
 def mean_and_std(device):
-    """ImageNet's, (3, 1, 1) each; copied to the device once, since a copy waits for it."""
+    """ImageNet's, (3, 1, 1) each; copied to the device once."""
     return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
 
 
@@ -332,6 +341,41 @@ def normalize(images, device):
     """uint8 images (B, 3, H, W) -> float32 with ImageNet's mean and spread, on the device."""
     mean, std = mean_and_std(device)
     return (images.to(device, non_blocking=True).float() / 255 - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def prepare(model, args):
+    """Compile the blocks (once for all, since they are alike), or have activations recomputed, where args say so."""
+    model.activation_checkpointing = args.activation_checkpointing
+    if args.compile:
+        for block in (*model.layers, *getattr(model, "decoder", ())):
+            block.compile()
+
+
+def matrix_flops(model):
+    """Floating-point operations of the matrix products in a training step, for one image: forward, and twice backward.
+    """
+    images = torch.empty(1, 3, model.image_size, model.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta")(images)
+    return 3 * counter.get_total_flops()
+
+
+def matrix_rate(device):
+    """What the GPU reaches in a large bfloat16 matrix product, in floating-point operations per second, measured."""
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1000)
+    return 2 * len(a) ** 3 / sorted(seconds)[5]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -414,7 +458,10 @@ class Progress:
     MOST_DROPPED = 10  # steps in a row
     MOST_UNREADABLE = 0.01  # of all files
 
-    def __init__(self, args, source, steps_per_epoch, device, state):
+    def __init__(self, args, source, steps_per_epoch, device, state, model):
+        self.full_speed = None  # images/s, were the step nothing but matrix products
+        if process()[0] == 0 and device.type == "cuda":
+            self.full_speed = matrix_rate(device) / matrix_flops(model) * process()[1]
         self.args, self.source, self.steps_per_epoch, self.first = args, source, steps_per_epoch, process()[0] == 0
         self.step = state.get("step", 0)
         self.totals = torch.tensor(state.get("totals", [0.0] * 4), device=device, dtype=torch.float64)
@@ -466,7 +513,10 @@ class Progress:
                        f"stops, and its last checkpoint is as it was. A smaller --blr may help.")
         epoch = (self.step - 1) // self.steps_per_epoch + 1
         self.bar.set_description(f"epoch {epoch}/{self.args.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.2e}", refresh=False)
+        share = ""
+        if self.full_speed:
+            share = f", {(self.bar.format_dict['rate'] or 0) / self.full_speed:.0%} of matrix rate"
+        self.bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.2e}{share}", refresh=False)
         self.bar.update(self.step * self.args.batch_size - self.bar.n)
         return interrupted > 0
 
@@ -560,6 +610,9 @@ def add_common_arguments(parser):
     parser.add_argument("--workers", type=int, default=None, help="loader processes for each training process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drawings", type=int, default=1, help="how many, of the demonstration")
+    parser.add_argument("--compile", type=int, choices=[0, 1], help="torch.compile (default: on GPUs)")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="recompute the encoder's activations: "
+                        "less memory, about a third more work")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint (default: last.pth in --out)")
     parser.add_argument("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
@@ -574,6 +627,8 @@ def parse_args(parser, demonstration, recipes):
     args = parser.parse_args()
     if args.workers is None:
         args.workers = min(16, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if args.compile is None:
+        args.compile = int(args.device == "cuda")
     with bad_input():
         for name in ("batch_size", "accum_steps", "epochs", "image_size", "patch_size", "drawings"):
             if getattr(args, name) < 1:
@@ -664,6 +719,7 @@ def main():
         size = MODELS[args.model]
         arm = ARM(args.image_size, args.patch_size, args.cluster_size, **size, decoder_dim=min(512, size["dim"]))
         checkpoint = resume_checkpoint(args, arm, len(source))
+    prepare(arm, args)
     model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
     decayed = [p for p in arm.parameters() if p.ndim > 1]
     others = [p for p in arm.parameters() if p.ndim <= 1]
@@ -672,7 +728,7 @@ def main():
     if checkpoint:
         arm.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    progress = Progress(args, source, steps_per_epoch, device, checkpoint["run"] if checkpoint else {})
+    progress = Progress(args, source, steps_per_epoch, device, checkpoint["run"] if checkpoint else {}, arm)
     del checkpoint  # which is large
     if first:
         parameters = sum(p.numel() for p in arm.parameters())

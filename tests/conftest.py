@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 # Scripts are run in children of a server that has already imported torch: each starts in a moment.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TRITON_INTERPRET"] = "1"  # the kernels for GPUs run on CPU tensors
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["pretrain", "finetune", "torch._dynamo"])
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden_images, weights
 
-from arm import (ARM, MODELS, ARMClassifier, Mamba, causal_conv1d, cluster_order, inverse_order, kernels, load_weights,
+from arm import (ARM, MODELS, ARMClassifier, Mamba, SwiGLU, causal_conv1d, cluster_order, inverse_order, kernels, load_weights,
                  mamba_ssm_conv1d, mamba_ssm_scan, rename_released, resize_position, scan_orders, selective_scan,
-                 sincos_position)
+                 sincos_position, triton, triton_conv1d, triton_scan)
 from finetune import parameter_groups
 
 
@@ -125,56 +125,124 @@ def test_position_code_has_columns_before_rows_and_sine_before_cosine():
 # The scan and the mixer
 
 
-def scan_inputs(batch=2, groups=3, length=37, dim=5, dtype=torch.float32):
+def scan_inputs(directions=3, batch=2, length=37, dim=5, dtype=torch.float32):
+    """Arguments of a scan, of which all but the orders need a gradient; x, dt, B, C and z in `dtype`."""
     generator = torch.Generator().manual_seed(0)
-    def normal(*shape):
+
+    def normal(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    return [normal(batch, groups, length, dim), normal(batch, groups, length, dim), normal(groups, dim),
-            -normal(groups, dim, 16).detach().exp().requires_grad_(), normal(batch, groups, length, 16),
-            normal(batch, groups, length, 16), normal(groups, dim)]
+
+    full = torch.promote_types(dtype, torch.float32)
+    B_C = normal(directions, batch, length, 32)
+    x_z = normal(batch, length, 2 * dim)
+    orders = torch.stack([torch.randperm(length, generator=generator) for _ in range(directions)])
+    return [normal(directions, batch, length, dim), normal(directions, batch, length, dim),
+            normal(directions, dim, dtype=full), -normal(directions, dim, 16, dtype=full).detach().exp().requires_grad_(),
+            B_C[..., :16], B_C[..., 16:], normal(directions, dim, dtype=full), x_z[..., dim:],
+            orders if directions > 1 else None]
 
 
 def recurrence(x, dt, dt_bias, A, B, C, D):
-    """The scan as the paper states it, in float64, one token after another, left to autograd."""
+    """The scan as the paper states it, in float64, one token after another, left to autograd: (G, B, L, D)."""
     x, dt, dt_bias, A, B, C, D = (t.double() for t in (x, dt, dt_bias, A, B, C, D))
     h, ys = 0, []
     for t in range(x.shape[2]):
-        delta = F.softplus(dt[:, :, t] + dt_bias)[..., None]
-        h = (delta * A).exp() * h + delta * x[:, :, t, :, None] * B[:, :, t, None]
-        ys.append((h * C[:, :, t, None]).sum(-1) + D * x[:, :, t])
+        delta = F.softplus(dt[:, :, t] + dt_bias[:, None])[..., None]  # (G, B, D, 1)
+        h = (delta * A[:, None]).exp() * h + delta * x[:, :, t, :, None] * B[:, :, t, None]
+        ys.append((h * C[:, :, t, None]).sum(-1) + D[:, None] * x[:, :, t])
     return torch.stack(ys, dim=2)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 37, 128])
-def test_selective_scan_and_its_gradients_agree_with_a_float64_recurrence(length):
-    inputs = scan_inputs(length=length)
-    ours, expected = selective_scan(*inputs), recurrence(*inputs)
-    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad((ours * weight).sum(), inputs)
-    expected_gradients = torch.autograd.grad((expected * weight).sum(), inputs)
-    for a, b in zip((ours, *gradients), (expected, *expected_gradients)):
-        assert (a.double() - b.double()).norm() <= 1e-5 * b.norm()
+def reference(*inputs):
+    """What a scan returns, in float64: (B, L, D)."""
+    *inputs, z, orders = inputs
+    y = 0
+    for i, y_i in enumerate(recurrence(*inputs)):
+        y = y + (y_i if orders is None else y_i[:, orders[i].argsort()]) / len(inputs[0])
+    return y * F.silu(z.double())
+
+
+def assert_agree(function, expected, inputs, tolerance):
+    """The function's value and gradients agree with the expected one's, relative to the norm of each."""
+    weight, results = None, []
+    for f in (function, expected):
+        y = f(*inputs)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) if weight is None else weight
+        needed = [t for t in inputs if t is not None and t.is_floating_point()]
+        results.append((y, *torch.autograd.grad((y * weight.to(y.dtype)).sum(), needed)))
+    for ours, exact in zip(*results):
+        assert (ours.double() - exact.double()).norm() <= tolerance * exact.norm()
+
+
+TRITON = pytest.mark.skipif(isinstance(triton, types.SimpleNamespace), reason="this machine's PyTorch has no Triton")
+
+
+@pytest.mark.parametrize("scan", [selective_scan, pytest.param(triton_scan, marks=TRITON)])
+@pytest.mark.parametrize("directions, length, dim", [(1, 1, 5), (4, 8, 5), (1, 15, 37), (3, 16, 16), (4, 37, 5),
+                                                     (1, 128, 24)])
+def test_the_scans_and_their_gradients_agree_with_a_float64_recurrence(scan, directions, length, dim):
+    assert_agree(scan, reference, scan_inputs(directions, length=length, dim=dim), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("scan", [selective_scan, pytest.param(triton_scan, marks=TRITON)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_the_scans_round_half_precision_only_at_their_ends(scan, dtype, tolerance):
+    assert_agree(scan, reference, scan_inputs(4, length=9, dtype=dtype), tolerance)
+    assert_agree(scan, reference, scan_inputs(1, length=9, dtype=dtype), tolerance)
 
 
 def test_selective_scan_passes_gradcheck():
-    inputs = scan_inputs(batch=1, groups=2, length=19, dim=2, dtype=torch.float64)
+    inputs = scan_inputs(directions=2, batch=1, length=19, dim=2, dtype=torch.float64)
     assert torch.autograd.gradcheck(selective_scan, inputs)
 
 
 def test_the_scan_stays_float32_inside_under_autocast():
-    inputs = [t.detach() for t in scan_inputs()]
+    inputs = [t if t is None else t.detach() for t in scan_inputs(1)]
     half = [inputs[0].bfloat16(), *inputs[1:]]
     with torch.autocast("cpu", torch.bfloat16):
         y = selective_scan(*half)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, recurrence(*half).bfloat16(), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(y, reference(*half).bfloat16(), rtol=0.01, atol=0.01)
 
 
-def test_the_convolution_is_a_causal_depthwise_conv1d_with_silu():
-    x, weight, bias = torch.randn(2, 3, 9, 5), torch.randn(3, 5, 4), torch.randn(3, 5)
-    expected = F.conv1d(x.transpose(2, 3).flatten(1, 2), weight.flatten(0, 1)[:, None], bias.flatten(), padding=3,
-                        groups=15)[..., :9]
-    torch.testing.assert_close(causal_conv1d(x, weight, bias), F.silu(expected).view(2, 3, 5, 9).transpose(2, 3))
+def depthwise(x, weight, bias, orders):
+    """The convolution by PyTorch's, for each direction."""
+    y = [F.conv1d(x[:, order].mT, w[:, None], b, padding=3, groups=x.shape[2])[..., : x.shape[1]].mT
+         for w, b, order in zip(weight, bias, [slice(None)] if orders is None else orders)]
+    return F.silu(torch.stack(y))
+
+
+@pytest.mark.parametrize("conv", [causal_conv1d, pytest.param(triton_conv1d, marks=TRITON)])
+@pytest.mark.parametrize("directions, length, dim", [(1, 1, 5), (1, 9, 70), (4, 3, 5), (3, 17, 5)])
+def test_the_convolutions_are_causal_depthwise_conv1d_with_silu(conv, directions, length, dim):
+    x_z = torch.randn(2, length, 2 * dim, requires_grad=True)
+    weight, bias = (torch.randn(directions, dim, *width, requires_grad=True) for width in ((4,), ()))
+    orders = torch.stack([torch.randperm(length) for _ in range(directions)]) if directions > 1 else None
+    assert_agree(conv, depthwise, [x_z[..., :dim], weight, bias, orders], tolerance=1e-5)
+
+
+@TRITON
+def test_the_models_compute_the_same_with_the_triton_kernels_compiled_without_a_graph_break(monkeypatch):
+    for model in (ARM(32, 8, 2, dim=32, depth=2, decoder_dim=64, decoder_depth=2),
+                  ARMClassifier(32, 8, dim=32, depth=2, num_classes=5)):
+        torch.nn.init.normal_(getattr(model, "head", torch.nn.Linear(1, 1)).weight)
+        images, results = torch.randn(2, 3, 32, 32), []
+        for scan in ("torch", "triton"):
+            monkeypatch.setenv("ARM_SCAN", scan)
+            model.zero_grad()
+            model(images).square().sum().backward()
+            results.append([p.grad for p in model.parameters()])
+            model.activation_checkpointing = True  # the second time: it changes nothing
+            for layer in model.layers:
+                layer.compile(fullgraph=True, backend="aot_eager")
+        for plain, fast in zip(*results):
+            torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_units_added_for_the_sake_of_gpus_change_nothing():
+    mlp = SwiGLU(10)  # 26 hidden units
+    x = torch.randn(2, 3, 10)
+    torch.testing.assert_close(mlp.padded(x, 6), mlp(x))
 
 
 def test_each_direction_of_the_mixer_is_the_one_direction_mixer_on_the_permuted_sequence():
@@ -199,10 +267,10 @@ def test_mamba_ssm_is_called_once_for_all_directions_in_its_own_layout(monkeypat
         groups = B.shape[1]
         assert delta_softplus and z is None and u.dtype == delta.dtype == B.dtype == C.dtype
         def split(t):
-            return t.unflatten(1, (groups, -1)).transpose(2, 3)
+            return t.unflatten(1, (groups, -1)).permute(1, 0, 3, 2)
         y = recurrence(split(u), split(delta), delta_bias.view(groups, -1), A.unflatten(0, (groups, -1)),
-                       B.transpose(2, 3), C.transpose(2, 3), D.view(groups, -1))
-        return y.transpose(2, 3).flatten(1, 2).to(u.dtype)
+                       B.permute(1, 0, 3, 2), C.permute(1, 0, 3, 2), D.view(groups, -1))
+        return y.permute(1, 0, 3, 2).flatten(1, 2).to(u.dtype)
 
     def causal_conv1d_fn(x, weight, bias, activation):
         assert activation == "silu"
@@ -216,14 +284,14 @@ def test_mamba_ssm_is_called_once_for_all_directions_in_its_own_layout(monkeypat
     inputs = scan_inputs()
     torch.testing.assert_close(mamba_ssm_scan(*inputs), selective_scan(*inputs))
     assert calls == [(2, 15, 37)]
-    x, weight, bias = torch.randn(2, 3, 9, 5), torch.randn(3, 5, 4), torch.randn(3, 5)
-    torch.testing.assert_close(mamba_ssm_conv1d(x, weight, bias), causal_conv1d(x, weight, bias))
+    x, weight, bias = torch.randn(2, 37, 5), torch.randn(3, 5, 4), torch.randn(3, 5)
+    torch.testing.assert_close(mamba_ssm_conv1d(x, weight, bias, inputs[-1]), causal_conv1d(x, weight, bias, inputs[-1]))
 
-    assert kernels(torch.device("cuda")) == (mamba_ssm_conv1d, mamba_ssm_scan)
     assert kernels(torch.device("cpu")) == (causal_conv1d, selective_scan)
     monkeypatch.setenv("ARM_SCAN", "torch")
     assert kernels(torch.device("cuda")) == (causal_conv1d, selective_scan)
     monkeypatch.setenv("ARM_SCAN", "mamba_ssm")
+    assert kernels(torch.device("cuda")) == (mamba_ssm_conv1d, mamba_ssm_scan)
     with pytest.raises(ValueError, match="needs a CUDA device"):
         kernels(torch.device("cpu"))
     monkeypatch.setenv("ARM_SCAN", "fast")
