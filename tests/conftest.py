@@ -29,6 +29,7 @@ def child(script, argv, env, output, before):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do for users, not from a server
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *map(str, argv)]
     module = __import__(script)
