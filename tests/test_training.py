@@ -160,7 +160,9 @@ def test_two_processes_and_split_batches_compute_what_one_process_does(images, t
 
 @pytest.mark.parametrize("name, arguments", [("pretrain", PRETRAIN), ("finetune", FINETUNE)])
 def test_a_run_killed_ten_times_at_random_ends_bit_identical_to_one_left_alone(images, tmp_path, name, arguments):
-    alone, killed = survive(name, [*arguments, "--data", images], tmp_path, kills=10)
+    ends = survive(name, [*arguments, "--data", images], tmp_path, kills=10)
+    assert all(ends), ends
+    alone, killed = tmp_path / "alone" / "last.pth", tmp_path / "killed" / "last.pth"
     assert same_weights(alone, killed)
     assert name == "pretrain" or same_weights(alone, killed, "model_ema")
     lines = epochs_of(tmp_path / "killed")
