@@ -42,7 +42,7 @@ def survive(name, arguments, folder, kills, seed=0):
     while True:
         run = Running(name, *arguments, "--out", killed, "--checkpoint_minutes", 0)
         if kills:
-            run.process.join(chance.uniform(0, 0.7 * seconds))  # start-up included: it takes several lives to the end
+            run.process.join(chance.uniform(0, 0.6 * seconds))  # start-up included: it takes several lives to the end
             run.process.kill()
         code, output = run.wait()
         if kills and code == -signal.SIGKILL:
