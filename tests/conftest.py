@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the models are small, and threads that wait for each other slow on a busy machine
 
 # Scripts are run in children of a server that has already imported torch: each starts in a moment.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -30,7 +31,7 @@ def child(script, argv, env, output, before):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
-    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as they do for users, not from a server
     sys.argv = [f"{script}.py", *map(str, argv)]
     module = __import__(script)
     if before:
@@ -109,3 +110,19 @@ def images(tmp_path_factory):
         write_images(root / "train" / name, 8, seed=c)
         write_images(root / "val" / name, 5, seed=10 + c)
     return root
+
+
+@pytest.fixture(scope="session")
+def alone(images, tmp_path_factory):
+    """alone(script, arguments): the folder of such a run on `images`, left alone; tests share it, and only read it."""
+    folders = {}
+
+    def run_once(name, arguments):
+        key = (name, *map(str, arguments))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("alone")
+            code, output = script(name, *arguments, "--data", images, "--out", folders[key])
+            assert code == 0, output
+        return folders[key]
+
+    return run_once

@@ -1,12 +1,15 @@
 """Kill runs at random moments, resume them, and compare with a run left alone: python tests/soak.py [kills]."""
 
+import json
 import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from conftest import Running, same_weights, script, write_images
+from conftest import Running, same_weights, write_images
 
 TINY = ["--image_size", 16, "--patch_size", 4, "--batch_size", 8, "--model", "arm_tiny", "--workers", 1,
         "--warmup_epochs", 1, "--device", "cpu"]
@@ -14,22 +17,42 @@ PRETRAIN = [*TINY, "--cluster_size", 2, "--epochs", 6]
 FINETUNE = [*TINY, "--epochs", 3, "--drop_path", 0.2, "--ema_decay", 0.5]
 
 
+def losses(out):
+    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [(entry["epoch"], entry["loss"]) for entry in entries]
+
+
+def same_end(name, a, b):
+    """Whether two runs of a script ended with the same weights, bit for bit, and logged the same losses."""
+    parts = ["model", "model_ema"] if name == "finetune" else ["model"]
+    return all(same_weights(a / "last.pth", b / "last.pth", part) for part in parts) and losses(a) == losses(b)
+
+
 def survive(name, arguments, folder, kills, seed=0):
-    """Run a script to its end once left alone and once killed `kills` times. Returns both last.pth."""
+    """Run a script in folder/alone, and in folder/killed until `kills` kills have hit it alive: it is resumed after
+    each kill, and starts over after each end. Returns, for each end, whether it is that of the run left alone.
+    """
     chance = random.Random(seed)
     alone, killed = folder / "alone", folder / "killed"
-    started = time.monotonic()
-    code, output = script(name, *arguments, "--out", alone)
+    run, started = Running(name, *arguments, "--out", alone), time.monotonic()
+    code, output = run.wait()
     seconds = time.monotonic() - started
     assert code == 0, output
-    for kill in range(kills):
+    same = []
+    while True:
         run = Running(name, *arguments, "--out", killed, "--checkpoint_minutes", 0)
-        run.process.join(chance.uniform(0, seconds))
-        run.process.kill()
-        run.process.join()
-    code, output = script(name, *arguments, "--out", killed, "--checkpoint_minutes", 0)
-    assert code == 0, output
-    return alone / "last.pth", killed / "last.pth"
+        if kills:
+            run.process.join(chance.uniform(0, 0.6 * seconds))  # start-up included: it takes several lives to the end
+            run.process.kill()
+        code, output = run.wait()
+        if kills and code == -signal.SIGKILL:
+            kills -= 1
+            continue
+        assert code == 0, output
+        same.append(same_end(name, alone, killed))
+        if not kills:
+            return same
+        shutil.rmtree(killed)
 
 
 if __name__ == "__main__":
@@ -41,7 +64,7 @@ if __name__ == "__main__":
             write_images(data / "val" / name, 4, seed=10 + i)
         for name, arguments in (("pretrain", PRETRAIN), ("finetune", FINETUNE)):
             started = time.monotonic()
-            paths = survive(name, [*arguments, "--data", data], Path(scratch) / name, kills)
-            same = same_weights(*paths) and (name == "pretrain" or same_weights(*paths, part="model_ema"))
-            print(f"{name}: {kills} kills in {time.monotonic() - started:.0f} s; the final weights are "
-                  f"{'bit-identical to' if same else 'DIFFERENT from'} those of the run left alone")
+            same = survive(name, [*arguments, "--data", data], Path(scratch) / name, kills)
+            seconds = time.monotonic() - started
+            print(f"{name}: {kills} kills, {len(same)} runs to the end, {seconds:.0f} s; weights and losses are "
+                  f"{'bit-identical to' if all(same) else 'DIFFERENT from'} those of the run left alone")

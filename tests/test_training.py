@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,33 +124,38 @@ def test_the_average_follows_every_step_from_the_initial_weights(images, tmp_pat
 # The demonstrations, and the same result however a batch is split
 
 
-def test_both_demonstrations_run_end_to_end(tmp_path, monkeypatch):
+def validate_on_64_drawings(module):
+    draw = module.Drawings
+    module.Drawings = lambda n, size, seed: draw(min(n, 64), size, seed)
+
+
+def test_both_demonstrations_run_end_to_end(tmp_path):
     tiny = ["--epochs", 1, "--warmup_epochs", 0, "--drawings", 64]
     code, output = script("pretrain", *tiny, "--out", tmp_path / "pre")
     assert code == 0 and output.startswith("Demonstration") and "finetune.py" in output.splitlines()[-1], output
     assert (tmp_path / "pre" / "predictions.png").read_bytes().startswith(b"\x89PNG")
-    code, output = script("finetune", *tiny, "--init", tmp_path / "pre" / "last.pth", "--out", tmp_path / "fine")
+    code, output = script("finetune", *tiny, "--init", tmp_path / "pre" / "last.pth", "--out", tmp_path / "fine",
+                          before=validate_on_64_drawings)
     assert code == 0 and output.startswith("Demonstration") and "best top-1" in output, output
     entry = epochs_of(tmp_path / "fine")[-1]
     assert {"top1", "top5", "ema_top1", "ema_top5", "loss", "lr"} <= entry.keys()
-    code, output = script("finetune", "--eval", tmp_path / "fine" / "last.pth")
+    code, output = script("finetune", "--eval", tmp_path / "fine" / "last.pth", before=validate_on_64_drawings)
     assert code == 0 and f"Model: top-1 {entry['top1']:.2f}%" in output and "EMA: top-1" in output, output
 
 
 @pytest.mark.parametrize("name, arguments", [("pretrain", [*PRETRAIN, "--epochs", 2]),
                                              ("finetune", [*FINETUNE, "--epochs", 2])])
-def test_two_processes_and_split_batches_compute_what_one_process_does(images, tmp_path, name, arguments):
+def test_two_processes_and_split_batches_compute_what_one_process_does(images, alone, tmp_path, name, arguments):
+    one = alone(name, arguments)
     arguments = [*arguments, "--data", images]
-    code, output = script(name, *arguments, "--out", tmp_path / "one")
-    assert code == 0, output
     code, output = script(name, *arguments, "--accum_steps", 2, "--out", tmp_path / "split")
     assert code == 0, output
     for run in processes(name, *arguments, "--out", tmp_path / "two"):
         code, output = run.wait()
         assert code == 0, output
     for other in ("split", "two"):
-        assert close(tmp_path / "one" / "last.pth", tmp_path / other / "last.pth")
-        for a, b in zip(epochs_of(tmp_path / "one"), epochs_of(tmp_path / other)):
+        assert close(one / "last.pth", tmp_path / other / "last.pth")
+        for a, b in zip(epochs_of(one), epochs_of(tmp_path / other)):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
             assert a.get("top1") == b.get("top1")
             assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), rel=1e-4)
@@ -160,7 +166,9 @@ def test_two_processes_and_split_batches_compute_what_one_process_does(images, t
 
 @pytest.mark.parametrize("name, arguments", [("pretrain", PRETRAIN), ("finetune", FINETUNE)])
 def test_a_run_killed_ten_times_at_random_ends_bit_identical_to_one_left_alone(images, tmp_path, name, arguments):
-    alone, killed = survive(name, [*arguments, "--data", images], tmp_path, kills=10)
+    ends = survive(name, [*arguments, "--data", images], tmp_path, kills=10)
+    assert all(ends), ends
+    alone, killed = tmp_path / "alone" / "last.pth", tmp_path / "killed" / "last.pth"
     assert same_weights(alone, killed)
     assert name == "pretrain" or same_weights(alone, killed, "model_ema")
     lines = epochs_of(tmp_path / "killed")
@@ -203,7 +211,7 @@ def test_dying_while_a_checkpoint_is_written_leaves_the_one_before(images, tmp_p
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_inside_an_epoch_saves_and_asks_to_be_requeued_and_one_process_continues_what_two_began(
         images, tmp_path, signum):
-    arguments = [*PRETRAIN, "--data", images, "--epochs", 30, "--warmup_epochs", 10]
+    arguments = [*PRETRAIN, "--data", images, "--epochs", 12, "--warmup_epochs", 4]
     runs = processes("pretrain", *arguments, "--out", tmp_path / "stopped")
     while len(log(tmp_path / "stopped") if (tmp_path / "stopped" / "log.jsonl").exists() else []) < 2:
         time.sleep(0.05)
@@ -214,16 +222,14 @@ def test_a_signal_inside_an_epoch_saves_and_asks_to_be_requeued_and_one_process_
         assert code == 75, output
         assert ("Interrupted at step" in output) == (rank == 0) and "Traceback" not in output, output
     step = torch.load(tmp_path / "stopped" / "last.pth", weights_only=True)["run"]["step"]
-    assert 4 <= step < 60
+    assert 4 <= step < 24
     code, output = script("pretrain", *arguments, "--out", tmp_path / "stopped")
     assert code == 0 and f"from step {step}" in output, output
-    assert len(epochs_of(tmp_path / "stopped")) == 30
+    assert len(epochs_of(tmp_path / "stopped")) == 12
 
 
-def test_the_log_is_whole_lines_after_any_crash(images, tmp_path):
-    code, output = script("pretrain", *PRETRAIN, "--data", images, "--out", tmp_path)
-    assert code == 0, output
-    before = (tmp_path / "log.jsonl").read_bytes()
+def test_the_log_is_whole_lines_after_any_crash(alone, tmp_path):
+    before = (alone("pretrain", PRETRAIN) / "log.jsonl").read_bytes()
     (tmp_path / "log.jsonl").write_bytes(before + b'{"epoch": 7, "lo')
     descriptor, logged = pretrain.open_log(str(tmp_path / "log.jsonl"))
     os.close(descriptor)
@@ -315,21 +321,33 @@ def test_a_corrupt_file_is_named_once_and_too_many_stop_the_run(tmp_path):
     assert "Traceback" not in output, output
 
 
-def kill_a_loader_worker(module):
+def kill_a_loader_worker():
+    import multiprocessing
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    time.sleep(10)  # in which torch's handler of SIGCHLD raises, as it may anywhere
+
+
+def kill_a_loader_worker_in_an_epoch(module):
     after_step = module.Progress.after_step
 
     def killing(self, *args):
-        import multiprocessing
-        if self.step == 1:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        if self.step == 2:
+            kill_a_loader_worker()
         return after_step(self, *args)
 
     module.Progress.after_step = killing
 
 
-def test_a_dead_loader_worker_ends_the_run_with_a_sentence(images, tmp_path):
-    code, output = script("pretrain", *PRETRAIN, "--data", images, "--epochs", 200, "--out", tmp_path,
-                          before=kill_a_loader_worker)
+def kill_a_loader_worker_while_saving(module):
+    torch.save = lambda *args: kill_a_loader_worker()
+
+
+@pytest.mark.parametrize("before", [
+    kill_a_loader_worker_in_an_epoch,
+    pytest.param(kill_a_loader_worker_while_saving, marks=pytest.mark.xfail(
+        strict=True, reason="said to be a checkpoint that cannot be written: is the disk full?"))])
+def test_a_dead_loader_worker_ends_the_run_with_a_sentence(images, tmp_path, before):
+    code, output = script("pretrain", *PRETRAIN, "--data", images, "--epochs", 200, "--out", tmp_path, before=before)
     assert code == 1 and "data loader worker died" in output and "Traceback" not in output, output
 
 
@@ -354,12 +372,10 @@ def worker_pids(out):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="finds the worker to kill in /proc")
-def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(images, tmp_path):
-    arguments = [*PRETRAIN, "--data", images, "--epochs", 30, "--workers", 0]
-    code, output = script("pretrain", *arguments, "--out", tmp_path / "alone")
-    assert code == 0, output
-    run = torchrun("--standalone", "--nproc_per_node", 2, "--max-restarts", 2, "pretrain.py", *arguments, "--out",
-                   tmp_path / "killed")
+def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(images, alone, tmp_path):
+    arguments = [*PRETRAIN, "--epochs", 12, "--workers", 0]
+    run = torchrun("--standalone", "--nproc_per_node", 2, "--max-restarts", 2, "pretrain.py", *arguments, "--data",
+                   images, "--out", tmp_path / "killed")
     while not (tmp_path / "killed" / "last.pth").exists():
         time.sleep(0.1)
         assert run.poll() is None, run.stdout.read()
@@ -367,20 +383,19 @@ def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(images, tmp_
     output, _ = run.communicate(timeout=300)
     assert run.returncode == 0, output
     assert output.count("from step") == 2, output
-    assert close(tmp_path / "alone" / "last.pth", tmp_path / "killed" / "last.pth")
+    assert close(alone("pretrain", arguments) / "last.pth", tmp_path / "killed" / "last.pth")
 
 
-def test_two_nodes_train_together(images, tmp_path):
-    arguments = [*PRETRAIN, "--data", images, "--epochs", 2, "--workers", 0]
-    code, output = script("pretrain", *arguments, "--out", tmp_path / "one")
-    assert code == 0, output
+def test_two_nodes_train_together(images, alone, tmp_path):
+    arguments = [*PRETRAIN, "--epochs", 2]
     rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:29511",
                   "--rdzv_id", os.getpid()]
-    nodes = [torchrun(*rendezvous, "pretrain.py", *arguments, "--out", tmp_path / "two") for _ in range(2)]
+    nodes = [torchrun(*rendezvous, "pretrain.py", *arguments, "--workers", 0, "--data", images, "--out",
+                      tmp_path / "two") for _ in range(2)]
     for node in nodes:
         output, _ = node.communicate(timeout=300)
         assert node.returncode == 0, output
-    assert close(tmp_path / "one" / "last.pth", tmp_path / "two" / "last.pth")
+    assert close(alone("pretrain", arguments) / "last.pth", tmp_path / "two" / "last.pth")
 
 
 # Bad input
@@ -425,6 +440,7 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, ar
     if "PRETRAINED" in arguments:
         torch.save(dict(model=ARM(48, 8, 2, **MODELS["arm_tiny"], decoder_dim=128).state_dict()), places["PRETRAINED"])
     arguments = [places.get(a, a) for a in arguments]
+    arguments += ["--drawings", 64]
     if "--out" not in arguments:
         arguments += ["--out", tmp_path / "out"]
     code, output = script(name, *arguments)
@@ -438,9 +454,9 @@ def test_two_processes_say_what_is_wrong_once(tmp_path):
     assert sum(output.count("There is no folder /nowhere") for _, output in results) == 1
 
 
-def test_resuming_with_another_model_or_batch_is_refused(images, tmp_path):
+def test_resuming_with_another_model_or_batch_is_refused(images, alone, tmp_path):
     arguments = [*PRETRAIN, "--data", images, "--out", tmp_path]
-    assert script("pretrain", *arguments)[0] == 0
+    shutil.copy(alone("pretrain", PRETRAIN) / "last.pth", tmp_path)
     before = (tmp_path / "last.pth").read_bytes()
     for change, sentence in ((["--batch_size", 4], "was made with --batch_size 8, this run has 4"),
                              (["--cluster_size", 1], "was made with --cluster_size 2, this run has 1"),
