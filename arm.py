@@ -40,7 +40,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # PyTorch brings it where it supports CUDA; elsewhere the kernels below are never called
-    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=float)
+    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
 MODELS = {  # name: arguments of ARM and of ARMClassifier
     "arm_tiny": dict(dim=128, depth=6),  # for the demonstration, not in the paper
@@ -105,7 +105,7 @@ def sincos_position(dim, grid):
 class SelectiveScan(torch.autograd.Function):
     """h_t = exp(delta_t A) h_{t-1} + (delta_t x_t) B_t,  y_t = h_t C_t: token by token, and backward by hand.
 
-    Only every CHUNK-th state is kept for the backward pass, which computes those between again. So a step's numbers
+    Only every KEEP-th state is kept for the backward pass, which computes those between again. So a step's numbers
     stay in the cache, and the loop takes a third of the time on a CPU that it takes when left to autograd.
     """
 
@@ -377,7 +377,10 @@ def embed_patches(patch_embed, images, image_size):
     if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
         raise ValueError(f"this model reads images of shape (batch, 3, {image_size}, {image_size}), "
                          f"not {tuple(images.shape)}")
-    return patch_embed(images).flatten(2).mT
+    patch, grid = patch_embed.kernel_size[0], image_size // patch_embed.kernel_size[0]
+    patches = images.unflatten(3, (grid, patch)).unflatten(2, (grid, patch))  # (B, 3, rows, P, columns, P)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, L, 3 * P * P)
+    return F.linear(patches, patch_embed.weight.flatten(1), patch_embed.bias)  # the convolution; faster on GPUs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -721,14 +724,15 @@ def load_weights(model, path_or_url, ema=False):
 #
 # A program is one warp of 32 threads. It walks the tokens of one sequence of one direction, for a block of channels,
 # with the states of these channels in its registers: nothing of size (L, D, N) is ever in memory. So that the backward
-# walk need not start from the first token, the forward walk leaves the state before every CHUNK-th token; from there
+# walk need not start from the first token, the forward walk leaves the state before every KEEP-th token; from there
 # the backward walk computes the states of a chunk again, and keeps those in registers too.
 #
 # A block's states are a tile of four axes: (states in a thread, channels in a thread, threads along the states, threads
 # along the channels). Sums over the first two are free, sums over the last two pass between threads. A token's B and C
 # have the axes of the states, its x, delta and y those of the channels, and a sequence's places are rows of memory.
 
-CHUNK = 8  # tokens
+KEEP = tl.constexpr(8)  # tokens; fewer cost memory, more cost time
+CHUNK = tl.constexpr(4)  # tokens, as many as registers can hold the states of
 LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
 
 
@@ -738,10 +742,11 @@ def state_tile(block, N: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr)
     LANES, 1), and its channels d, (1, BLOCK * LANES / 32, LANES, 32 / LANES). A thread's n and d are neighbours, and d
     is the same along LANES: written out, so that every thread loads the channels that it needs, and none is exchanged.
     """
-    n = tl.arange(0, N // LANES)[:, None, None, None] + tl.arange(0, LANES)[None, None, :, None] * (N // LANES)
     PER_THREAD: tl.constexpr = BLOCK * LANES // 32
-    d = tl.arange(0, PER_THREAD)[None, :, None, None] + tl.arange(0, 32 // LANES)[None, None, None, :] * PER_THREAD
-    return n, block * BLOCK + d + 0 * tl.arange(0, LANES)[None, None, :, None]
+    n_lane, d_lane = tl.arange(0, LANES)[None, None, :, None], tl.arange(0, 32 // LANES)[None, None, None, :]
+    n = tl.arange(0, N // LANES)[:, None, None, None] + n_lane * (N // LANES)
+    d = tl.arange(0, PER_THREAD)[None, :, None, None] + d_lane * PER_THREAD + block * BLOCK
+    return n + 0 * d_lane if LANES > 1 else n, d + 0 * n_lane
 
 
 @triton.jit
@@ -771,9 +776,17 @@ def softplus(x):
 
 
 @triton.jit
+def next_state(h, t, x, dt, B, bias, A_2, inside, DIM: tl.constexpr, N: tl.constexpr):
+    """The state after token t, given the one before it; and the token's x and delta."""
+    x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
+    delta = softplus(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
+    return tl.exp2(delta * A_2) * h + (delta * x_t) * tl.load(B + t * N), x_t, delta
+
+
+@triton.jit
 def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept, batch, length, z_row: tl.constexpr,
                         GATED: tl.constexpr, ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr,
-                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+                        BLOCK: tl.constexpr, LANES: tl.constexpr):
     sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
     direction, image = sequence // batch, sequence % batch
     n, d = state_tile(block, N, BLOCK, LANES)
@@ -790,32 +803,48 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     ungated += sequence * length * DIM + d
     z += image * length * z_row + d
     order += direction * length
-    kept += sequence * tl.cdiv(length, CHUNK) * DIM * N + d * N + n
+    kept += sequence * tl.cdiv(length, KEEP) * DIM * N + d * N + n
     h = tl.zeros_like(A_2)
-    for start in range(0, length, CHUNK):
+    for first in range(0, length, KEEP):
         tl.store(kept, h, inside & (n < N))
         kept += DIM * N
-        for i in tl.static_range(CHUNK):
-            t = tl.minimum(start + i, length - 1)  # past the end, the last token again, without effect
-            real = inside & (start + i < length)
-            x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
-            delta = softplus(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
-            h = tl.exp2(delta * A_2) * h + (delta * x_t) * tl.load(B + t * N)
-            y = sum_states(h * tl.load(C + t * N)) + D_ * x_t
-            if ORDERED:
-                t = tl.load(order + t)
-            if GATED:
-                tl.store(ungated + t * DIM, y, real)
-                z_t = tl.load(z + t * z_row, inside, 0.0).to(tl.float32)
-                y *= z_t * sigmoid(z_t)
-            tl.store(out + t * DIM, y, real)
+        for start in range(first, tl.minimum(first + KEEP, length), CHUNK):
+            results = ()
+            for i in tl.static_range(CHUNK):
+                t = tl.minimum(start + i, length - 1)  # past the end, the last token again, without effect
+                h, x_t, delta = next_state(h, t, x, dt, B, bias, A_2, inside, DIM, N)
+                y = sum_states(h * tl.load(C + t * N)) + D_ * x_t
+                place = tl.load(order + t) if ORDERED else t
+                gated = y
+                if GATED:
+                    z_t = tl.load(z + place * z_row, inside, 0.0).to(tl.float32)
+                    gated = y * z_t * sigmoid(z_t)
+                results = results + ((place, y, gated),)
+            for i in tl.static_range(CHUNK):  # stores come last, since a load waits for the stores before it
+                place, y, gated = results[i]
+                real = inside & (start + i < length)
+                if GATED:
+                    tl.store(ungated + place * DIM, y, real)
+                tl.store(out + place * DIM, gated, real)
 
 
 @triton.jit
-def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, dx, ddt, dbias, dA, dB, dC, dD, dz,
-                         batch, length, z_row: tl.constexpr, DIRECTIONS: tl.constexpr, GATED: tl.constexpr,
-                         ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
-                         BLOCK: tl.constexpr, LANES: tl.constexpr):
+def load_token(t, dout, C, z, ungated, order, inside, z_row: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr,
+               DIM: tl.constexpr, N: tl.constexpr):
+    """What the backward walk needs of token t besides next_state's: its place, dout, C and, gated, z and the result."""
+    place = tl.load(order + t) if ORDERED else t
+    dy = tl.load(dout + place * DIM, inside, 0.0)
+    z_t, y = dy, dy
+    if GATED:
+        z_t, y = tl.load(z + place * z_row, inside, 0.0), tl.load(ungated + place * DIM, inside, 0.0)
+    return place, dy, tl.load(C + t * N), z_t, y
+
+
+@triton.jit
+def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, scratch, dx, ddt, dbias, dA, dB, dC,
+                         dD, dz, batch, length, z_row: tl.constexpr, DIRECTIONS: tl.constexpr, GATED: tl.constexpr,
+                         ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+                         LANES: tl.constexpr):
     sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
     direction, image = sequence // batch, sequence % batch
     n, d = state_tile(block, N, BLOCK, LANES)
@@ -837,46 +866,57 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     dz += image * length * DIM + d
     z += image * length * z_row + d
     order += direction * length
-    chunks = tl.cdiv(length, CHUNK)
-    kept += (sequence + 1) * chunks * DIM * N + d * N + n
+    kept += (sequence + 1) * tl.cdiv(length, KEEP) * DIM * N + d * N + n
+    scratch += tl.program_id(0).to(tl.int64) * (KEEP // CHUNK) * BLOCK * N + (d - block * BLOCK) * N + n
     g, sum_dA = tl.zeros_like(A_2), tl.zeros_like(A_2)  # g is the gradient of the state
     sum_dD, sum_dbias = tl.zeros_like(D_), tl.zeros_like(D_)
-    for start in range((chunks - 1) * CHUNK, -1, -CHUNK):
+    for first in range((length - 1) // KEEP * KEEP, -1, -KEEP):
         kept -= DIM * N
         h = tl.load(kept, inside & (n < N), 0.0)
-        states, deltas = (), ()  # before each token; of each token
-        for i in tl.static_range(CHUNK):
-            t = tl.minimum(start + i, length - 1)
-            x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
-            delta = softplus(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
-            states, deltas = states + (h,), deltas + (delta,)
-            h = tl.exp2(delta * A_2) * h + (delta * x_t) * tl.load(B + t * N)
-        for i in tl.static_range(CHUNK - 1, -1, -1):
-            t = tl.minimum(start + i, length - 1)  # past the end dy is 0, and so is g
-            real = start + i < length
-            x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
-            delta = deltas[i]
-            place = tl.load(order + t) if ORDERED else t
-            dy = tl.load(dout + place * DIM, inside & real, 0.0).to(tl.float32) / DIRECTIONS
-            if GATED:
-                z_t = tl.load(z + place * z_row, inside, 0.0).to(tl.float32)
-                y = tl.load(ungated + place * DIM, inside, 0.0).to(tl.float32)
-                s = sigmoid(z_t)
-                tl.store(dz + place * DIM, dy * y * s * (1 + z_t * (1 - s)), inside & real)
-                dy *= z_t * s
-            g += dy * tl.load(C + t * N)
-            tl.store(dC + t * N, sum_channels(dy * h), real)
-            tl.store(dB + t * N, sum_channels(delta * x_t * g), real)
-            ddx = sum_states(g * tl.load(B + t * N))  # of delta x
-            h = states[i]
-            g *= tl.exp2(delta * A_2)  # from here on the gradient of the state before token t
-            ddelta = sum_states(g * h * A_2) / LOG2E + x_t * ddx
-            ddt_t = ddelta * sigmoid(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
-            tl.store(ddt + t * DIM, ddt_t, inside & real)
-            tl.store(dx + t * DIM, delta * ddx + D_ * dy, inside & real)
-            sum_dA += g * h * delta
-            sum_dD += dy * x_t
-            sum_dbias += ddt_t
+        chunks = tl.cdiv(tl.minimum(KEEP, length - first), CHUNK)
+        for c in range(chunks):
+            tl.store(scratch + c * BLOCK * N, h)
+            if c < chunks - 1:
+                for i in tl.static_range(CHUNK):
+                    h, _, _ = next_state(h, first + c * CHUNK + i, x, dt, B, bias, A_2, inside, DIM, N)
+        tl.debug_barrier()  # what one thread stores another may load
+        for c in range(chunks - 1, -1, -1):
+            start = first + c * CHUNK
+            h = tl.load(scratch + c * BLOCK * N)
+            states = ()  # before each token
+            for i in tl.static_range(CHUNK):
+                states = states + (h,)
+                h, _, _ = next_state(h, tl.minimum(start + i, length - 1), x, dt, B, bias, A_2, inside, DIM, N)
+            coming = load_token(tl.minimum(start + CHUNK, length) - 1, dout, C, z, ungated, order, inside, z_row, GATED,
+                                ORDERED, DIM, N)
+            for i in tl.static_range(CHUNK - 1, -1, -1):
+                t = tl.minimum(start + i, length - 1)
+                real = start + i < length  # past the end dy is 0, and so is g
+                place, dy, C_t, z_t, y = coming
+                dy = tl.where(real, dy.to(tl.float32) * (1 / DIRECTIONS), 0.0)
+                x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
+                raw = tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias
+                B_t = tl.load(B + t * N)
+                if i > 0:  # the token before, now: a load waits for the stores before it
+                    coming = load_token(tl.minimum(start + i, length) - 1, dout, C, z, ungated, order, inside, z_row,
+                                        GATED, ORDERED, DIM, N)
+                if GATED:
+                    z_t, s = z_t.to(tl.float32), sigmoid(z_t.to(tl.float32))
+                    tl.store(dz + place * DIM, dy * y * s * (1 + z_t * (1 - s)), inside & real)
+                    dy *= z_t * s
+                delta = softplus(raw)
+                g += dy * C_t
+                tl.store(dC + t * N, tl.broadcast_to(sum_channels(dy * h), C_t.shape), real)
+                tl.store(dB + t * N, tl.broadcast_to(sum_channels(delta * x_t * g), B_t.shape), real)
+                ddx = sum_states(g * B_t)  # of delta x
+                h = states[i]
+                g *= tl.exp2(delta * A_2)  # from here on the gradient of the state before token t
+                ddt_t = (sum_states(g * h * A_2) * (1 / LOG2E) + x_t * ddx) * sigmoid(raw)
+                tl.store(ddt + t * DIM, ddt_t, inside & real)
+                tl.store(dx + t * DIM, delta * ddx + D_ * dy, inside & real)
+                sum_dA += g * h * delta
+                sum_dD += dy * x_t
+                sum_dbias += ddt_t
     tl.store(dA + (sequence * DIM + d) * N + n, sum_dA, inside & (n < N))
     tl.store(dD + sequence * DIM + d, sum_dD, inside)
     tl.store(dbias + sequence * DIM + d, sum_dbias, inside)
@@ -962,28 +1002,32 @@ def float32(*tensors):
     return [t.float().contiguous() for t in tensors]
 
 
+def states_kept(length):
+    return -(-length // KEEP.value)
+
+
 @torch.library.custom_op("arm::scan", mutates_args=())
 def scan_op(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
             orders: Optional[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what selective_scan does, gated only where there is one direction; for the backward pass the result
-    before the gate, if any, and the states before every CHUNK-th token.
+    before the gate, if any, and the states before every KEEP-th token.
     """
     directions, batch, length, dim = x.shape
     gated = directions == 1
     (x, dt), (z, z_row) = (x.contiguous(), dt.contiguous()), evenly_spaced(z)
     out, ungated = torch.empty_like(x), torch.empty_like(x if gated else x[:0])
-    kept = x.new_empty(directions, batch, triton.cdiv(length, CHUNK), dim, A.shape[-1], dtype=torch.float32)
-    block = 32
+    kept = x.new_empty(directions, batch, states_kept(length), dim, A.shape[-1], dtype=torch.float32)
+    block = 64
     scan_forward_kernel[(triton.cdiv(dim, block) * directions * batch,)](
         x, dt, *float32(dt_bias, A, B, C, D), z, x if orders is None else orders, out, ungated, kept, batch, length,
-        z_row, gated, orders is not None, dim, A.shape[-1], CHUNK, block, LANES=1, num_warps=1)
+        z_row, gated, orders is not None, dim, A.shape[-1], block, LANES=1, num_warps=1)
     return out.squeeze(0) if gated else out.mean(dim=0), ungated, kept
 
 
 @scan_op.register_fake
 def _(x, dt, dt_bias, A, B, C, D, z, orders):
     directions, batch, length, dim = x.shape
-    kept = x.new_empty(directions, batch, -(-length // CHUNK), dim, A.shape[-1], dtype=torch.float32)
+    kept = x.new_empty(directions, batch, states_kept(length), dim, A.shape[-1], dtype=torch.float32)
     return x.new_empty(batch, length, dim), x.new_empty(int(directions == 1), batch, length, dim), kept
 
 
@@ -1000,10 +1044,11 @@ def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Te
     dbias, dD = x.new_empty(2, directions, batch, dim, dtype=torch.float32)
     dA = x.new_empty(directions, batch, *A.shape[1:], dtype=torch.float32)
     dB, dC = x.new_empty(2, directions, batch, blocks, length, A.shape[-1], dtype=torch.float32)
+    scratch = x.new_empty(directions, batch, blocks, KEEP.value // CHUNK.value, block, A.shape[-1], dtype=torch.float32)
     scan_backward_kernel[(blocks * directions * batch,)](
-        x, dt, *float32(dt_bias, A, B, C, D), z, x if orders is None else orders, ungated, kept, dout, dx, ddt, dbias,
-        dA, dB, dC, dD, dz, batch, length, z_row, directions, gated, orders is not None, dim, A.shape[-1], CHUNK, block,
-        LANES=4, num_warps=1)
+        x, dt, *float32(dt_bias, A, B, C, D), z, x if orders is None else orders, ungated, kept, dout, scratch, dx, ddt,
+        dbias, dA, dB, dC, dD, dz, batch, length, z_row, directions, gated, orders is not None, dim, A.shape[-1], block,
+        LANES=4, num_warps=1, maxnreg=128)
     return [dx, ddt, dbias.sum(1).to(dt_bias.dtype), dA.sum(1).to(A.dtype), dB.sum(2).to(B.dtype),
             dC.sum(2).to(C.dtype), dD.sum(1).to(D.dtype), dz]
 

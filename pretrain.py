@@ -98,6 +98,8 @@ def run(main):
     except torch.OutOfMemoryError:
         end = Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
                    "--activation_checkpointing.", everywhere=False)
+    except (ConnectionError, EOFError):  # of a worker's pipe; a lost process is a DistError
+        end = Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
     except OSError as error:
         end = Stop(f"{error.filename or 'A file'}: {error.strerror or error}.", everywhere=False)
     except RuntimeError as error:
@@ -418,6 +420,8 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
             os.remove(beside)
+        if "DataLoader worker" in str(error):  # torch raises this wherever the process is when a worker dies
+            raise
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise Stop(f"Cannot write {path}: {reason} The checkpoint before it is as it was.", everywhere=False) from None
 

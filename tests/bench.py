@@ -1,22 +1,174 @@
-"""How fast the images come: python tests/bench.py data FOLDER_OR_TAR [--workers N] [--images N].
+"""How fast it is, a table each:
 
-One table: images/s from files to batches, repeated from the folder (or tar) given, RandomResizedCrop to 192 and flip,
-by torchvision's PIL path and by pretrain.py's. Full-size photographs are wanted, such as some of ImageNet's.
+    python tests/bench.py scan                      # the scan, forward + backward, and its errors against float64
+    python tests/bench.py train                     # training steps and inference, beside a ViT-B
+    python tests/bench.py data FOLDER_OR_TAR        # image files to batches
+
+scan and train need a GPU; they time ours (Triton), mamba-ssm's kernels where they are installed, and plain PyTorch, in
+one run, by CUDA events, after warm-up, the median of many. data repeats the photographs of a folder (or tar): crop to
+192 and flip, by torchvision's PIL path and by pretrain.py's. Full-size ones are wanted, such as some of ImageNet's.
 """
 
 import argparse
 import os
+import sys
 import tarfile
 import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import ROOT  # noqa: F401  (finds pretrain.py)
+import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from pretrain import ImageFiles, Images, list_images, make_loader
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import arm  # noqa: E402
+from arm import ARM, MODELS, ARMClassifier  # noqa: E402
+from pretrain import (ImageFiles, Images, list_images, make_loader, matrix_flops, matrix_rate, optimizer_step,  # noqa: E402
+                      prepare, start_processes)
+
+
+def milliseconds(function, repeats):
+    """The median time of a call on the GPU, after a warm-up."""
+    times = []
+    for i in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[repeats // 2]
+
+
+def installed_scans():
+    return ["triton", *(["mamba_ssm"] if arm.mamba_ssm_installed() else []), "torch"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scan_inputs(directions, batch, length, dim, dtype):
+    """Arguments of a scan, with values as they are early in training: (tensors that need gradients, orders)."""
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda")
+    B_C, x_z = normal(directions, batch, length, 32).to(dtype), normal(batch, length, 2 * dim).to(dtype)
+    A = -torch.arange(1.0, 17, device="cuda").repeat(directions, dim, 1) * (1 + 0.1 * normal(directions, dim, 16)).abs()
+    tensors = [normal(directions, batch, length, dim).to(dtype), normal(directions, batch, length, dim).to(dtype),
+               normal(directions, dim) - 4, A, B_C[..., :16], B_C[..., 16:], normal(directions, dim), x_z[..., dim:]]
+    orders = torch.stack([torch.randperm(length, device="cuda") for _ in range(directions)])
+    return [t.requires_grad_() for t in tensors], orders if directions > 1 else None
+
+
+def bench_scan(args):
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; scan with step size, skip and gate\n")
+    scans = {name: getattr(arm, dict(torch="selective_scan").get(name, f"{name}_scan")) for name in installed_scans()}
+    print("| directions, batch, tokens, channels | dtype | scan | forward ms | forward + backward ms |\n" + "| --- " * 5 + "|")
+    for shape in ((1, 256, 128, 768), (4, 128, 197, 768)):
+        tensors, orders = scan_inputs(*shape, torch.bfloat16)
+        dy = torch.randn(shape[1:], device="cuda", dtype=torch.bfloat16)
+        for name, scan in scans.items():
+            def forward():
+                return scan(*tensors, orders)
+
+            def both():
+                torch.autograd.grad(forward(), tensors, dy)
+            repeats = 2 if name == "torch" else 20
+            print(f"| {shape} | bfloat16 | {name} | {milliseconds(forward, repeats):.3f} | {milliseconds(both, repeats):.3f} |",
+                  flush=True)
+    print("\nRelative error against float64 of the output and the largest of the gradients' (x dt dt_bias A B C D z):\n")
+    print("| directions, batch, tokens, channels | dtype | scan | output | gradients |\n" + "| --- " * 5 + "|")
+    for length in (1, 37, 128, 197, 577):
+        for directions, dim in ((1, 104), (4, 104)):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                tensors, orders = scan_inputs(directions, 3, length, dim, dtype)
+                exact = [t.detach().double().requires_grad_() for t in tensors]
+                dy = torch.randn(3, length, dim, device="cuda").to(dtype)
+                y = arm.selective_scan(*exact, orders)
+                expected = [y, *torch.autograd.grad(y, exact, dy.double())]
+                for name, scan in scans.items():
+                    y = scan(*tensors, orders)
+                    results = [y, *torch.autograd.grad(y, tensors, dy)]
+                    errors = [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(results, expected)]
+                    print(f"| {(directions, 3, length, dim)} | {str(dtype)[6:]} | {name} | {errors[0]:.1e} | "
+                          f"{' '.join(f'{e:.1e}' for e in errors[1:])} |", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def training_step(model, optimizer, images, labels, clip_grad):
+    with torch.autocast("cuda", torch.bfloat16):
+        output = model(images)
+    loss = output if output.ndim == 0 else F.cross_entropy(output.float(), labels)
+    loss.backward()
+    optimizer_step(model, optimizer, loss.detach(), clip_grad)
+
+
+@torch.no_grad()
+def inference(model, images):
+    with torch.autocast("cuda", torch.bfloat16):
+        return model(images)
+
+
+def bench_train(args):
+    device, rate = start_processes("cuda"), matrix_rate(torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bfloat16 matrix products reach {rate / 1e12:.0f} TFLOP/s\n")
+    print("| work | model | image size, batch | by | images/s | ms | peak GiB | share of matrix rate |\n" + "| --- " * 8 + "|")
+    works = [("pretrain", "arm_base", 192, 256), ("finetune", "arm_base", 224, 128), ("pretrain", "arm_large", 192, 128),
+             ("pretrain", "arm_huge", 192, 64), ("classify", "arm_base", 224, 256)]
+    for work, name, size, batch in works:
+        if args.only and args.only not in f"{work} {name}":
+            continue
+        choices = [("triton", 1)] + [("mamba_ssm", 0)] * arm.mamba_ssm_installed()  # as the released code runs them
+        if name == "arm_base" and work != "classify":
+            choices += [("torch", 0), ("vit_b_16", 1)]
+        if name == "arm_huge":
+            choices.append(("triton", 2))
+        for choice, compiled in choices:
+            if args.by and args.by not in choice:
+                continue
+            torch.manual_seed(0)
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            with device:
+                if choice == "vit_b_16":
+                    model = torchvision.models.vit_b_16(image_size=size)
+                    model.compile()
+                else:
+                    os.environ["ARM_SCAN"] = choice
+                    model = (ARM if work == "pretrain" else ARMClassifier)(size, **MODELS[name])
+                    flops = matrix_flops(model)
+                    prepare(model, SimpleNamespace(compile=compiled, activation_checkpointing=compiled == 2))
+                images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+            images, labels = images.to(device), labels.to(device)
+            if work == "classify":
+                model.eval()
+
+                def step():
+                    inference(model, images)
+            else:
+                optimizer = torch.optim.AdamW(model.parameters(), fused=True, lr=1e-4)
+
+                def step():
+                    training_step(model, optimizer, images, labels, 3.0 if work == "pretrain" else float("inf"))
+            ms = milliseconds(step, 2 if choice == "torch" else 15)
+            share = ""
+            if choice != "vit_b_16":
+                share = f"{flops * batch / (3 if work == 'classify' else 1) / ms * 1000 / rate:.0%}"
+            by = {"vit_b_16": "ViT-B of torchvision", "triton": "ours", "mamba_ssm": "mamba-ssm's kernels",
+                  "torch": "plain PyTorch"}[choice] + ("", ", compiled", ", compiled, activation checkpointing")[compiled]
+            print(f"| {work} | {name} | {size}, {batch} | {by} | {batch / ms * 1000:,.0f} | {ms:.1f} | "
+                  f"{torch.cuda.max_memory_allocated() / 2**30:.1f} | {share} |", flush=True)
+            model = optimizer = step = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class PILFiles(ImageFiles):
@@ -63,10 +215,21 @@ def bench_data(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["data"])
-    parser.add_argument("images_in", metavar="FOLDER_OR_TAR")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=5)
-    torch.set_num_threads(1)
-    bench_data(parser.parse_args())
+    tables = parser.add_subparsers(dest="table", required=True)
+    tables.add_parser("scan").set_defaults(run=bench_scan)
+    train = tables.add_parser("train")
+    train.set_defaults(run=bench_train)
+    train.add_argument("--only", default="", help="such as 'pretrain', 'arm_base' or 'finetune arm_base'")
+    train.add_argument("--by", default="", help="such as 'triton'")
+    data = tables.add_parser("data")
+    data.set_defaults(run=bench_data)
+    data.add_argument("images_in", metavar="FOLDER_OR_TAR")
+    data.add_argument("--workers", type=int, default=os.cpu_count())
+    data.add_argument("--images", type=int, default=2000)
+    data.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    if args.table == "data":
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        sys.exit(f"bench.py {args.table} needs a GPU that torch can see, and there is none.")
+    args.run(args)

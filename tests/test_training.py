@@ -344,8 +344,7 @@ def kill_a_loader_worker_while_saving(module):
 
 @pytest.mark.parametrize("before", [
     kill_a_loader_worker_in_an_epoch,
-    pytest.param(kill_a_loader_worker_while_saving, marks=pytest.mark.xfail(
-        strict=True, reason="said to be a checkpoint that cannot be written: is the disk full?"))])
+    kill_a_loader_worker_while_saving])
 def test_a_dead_loader_worker_ends_the_run_with_a_sentence(images, tmp_path, before):
     code, output = script("pretrain", *PRETRAIN, "--data", images, "--epochs", 200, "--out", tmp_path, before=before)
     assert code == 1 and "data loader worker died" in output and "Traceback" not in output, output
