@@ -234,12 +234,12 @@ def kernels(device):
     where the choice cannot run.
     """
     triton_installed = not isinstance(triton, SimpleNamespace)
-    default = "triton" if device.type == "cuda" and triton_installed else "torch"
-    choice = os.environ.get("ARM_SCAN") or default
+    default = "triton" if triton_installed and device.type != "cpu" else "torch"
+    choice = default if device.type == "meta" else os.environ.get("ARM_SCAN") or default
     if choice == "torch":
         return causal_conv1d, selective_scan
     if choice == "triton":
-        if triton_installed and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        if triton_installed and (device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"):
             return triton_conv1d, triton_scan
         raise ValueError("ARM_SCAN=triton needs a CUDA device and Triton, which comes with PyTorch for CUDA")
     if choice == "mamba_ssm":
@@ -776,6 +776,14 @@ def softplus(x):
 
 
 @triton.jit
+def add(total, error, value):
+    """Kahan's summation: value added to a long sum, and the rounding error of that."""
+    value -= error
+    new = total + value
+    return new, (new - total) - value
+
+
+@triton.jit
 def next_state(h, t, x, dt, B, bias, A_2, inside, DIM: tl.constexpr, N: tl.constexpr):
     """The state after token t, given the one before it; and the token's x and delta."""
     x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
@@ -870,6 +878,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     scratch += tl.program_id(0).to(tl.int64) * (KEEP // CHUNK) * BLOCK * N + (d - block * BLOCK) * N + n
     g, sum_dA = tl.zeros_like(A_2), tl.zeros_like(A_2)  # g is the gradient of the state
     sum_dD, sum_dbias = tl.zeros_like(D_), tl.zeros_like(D_)
+    dD_error, dbias_error = tl.zeros_like(D_), tl.zeros_like(D_)
     for first in range((length - 1) // KEEP * KEEP, -1, -KEEP):
         kept -= DIM * N
         h = tl.load(kept, inside & (n < N), 0.0)
@@ -889,6 +898,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
                 h, _, _ = next_state(h, tl.minimum(start + i, length - 1), x, dt, B, bias, A_2, inside, DIM, N)
             coming = load_token(tl.minimum(start + CHUNK, length) - 1, dout, C, z, ungated, order, inside, z_row, GATED,
                                 ORDERED, DIM, N)
+            chunk_dA = tl.zeros_like(A_2)
             for i in tl.static_range(CHUNK - 1, -1, -1):
                 t = tl.minimum(start + i, length - 1)
                 real = start + i < length  # past the end dy is 0, and so is g
@@ -914,9 +924,10 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
                 ddt_t = (sum_states(g * h * A_2) * (1 / LOG2E) + x_t * ddx) * sigmoid(raw)
                 tl.store(ddt + t * DIM, ddt_t, inside & real)
                 tl.store(dx + t * DIM, delta * ddx + D_ * dy, inside & real)
-                sum_dA += g * h * delta
-                sum_dD += dy * x_t
-                sum_dbias += ddt_t
+                chunk_dA += g * h * delta
+                sum_dD, dD_error = add(sum_dD, dD_error, dy * x_t)
+                sum_dbias, dbias_error = add(sum_dbias, dbias_error, ddt_t)
+            sum_dA += chunk_dA
     tl.store(dA + (sequence * DIM + d) * N + n, sum_dA, inside & (n < N))
     tl.store(dD + sequence * DIM + d, sum_dD, inside)
     tl.store(dbias + sequence * DIM + d, sum_dbias, inside)
