@@ -350,11 +350,16 @@ def normalize(images, device):
 
 
 def prepare(model, args):
-    """Compile the blocks (once for all, since they are alike), or have activations recomputed, where args say so."""
+    """Compile the model, or have activations recomputed, where args say so.
+
+    It is compiled whole in a single process. With several, its blocks are, so that the gradients of one are sent while
+    those of the next are computed; and with activations recomputed, which are those of blocks.
+    """
     model.activation_checkpointing = args.activation_checkpointing
+    torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
     if args.compile:
-        for block in (*model.layers, *getattr(model, "decoder", ())):
-            block.compile()
+        for module in [model] if process()[1] == 1 and not args.activation_checkpointing else model.layers:
+            module.compile()
 
 
 def matrix_flops(model):

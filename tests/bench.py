@@ -11,6 +11,7 @@ one run, by CUDA events, after warm-up, the median of many. data repeats the pho
 
 import argparse
 import os
+import re
 import sys
 import tarfile
 import tempfile
@@ -122,7 +123,7 @@ def bench_train(args):
     works = [("pretrain", "arm_base", 192, 256), ("finetune", "arm_base", 224, 128), ("pretrain", "arm_large", 192, 128),
              ("pretrain", "arm_huge", 192, 64), ("classify", "arm_base", 224, 256)]
     for work, name, size, batch in works:
-        if args.only and args.only not in f"{work} {name}":
+        if not re.search(args.only, f"{work} {name}"):
             continue
         choices = [("triton", 1)] + [("mamba_ssm", 0)] * arm.mamba_ssm_installed()  # as the released code runs them
         if name == "arm_base" and work != "classify":
@@ -130,7 +131,7 @@ def bench_train(args):
         if name == "arm_huge":
             choices.append(("triton", 2))
         for choice, compiled in choices:
-            if args.by and args.by not in choice:
+            if not re.search(args.by, choice):
                 continue
             torch.manual_seed(0)
             torch._dynamo.reset()
@@ -219,8 +220,8 @@ if __name__ == "__main__":
     tables.add_parser("scan").set_defaults(run=bench_scan)
     train = tables.add_parser("train")
     train.set_defaults(run=bench_train)
-    train.add_argument("--only", default="", help="such as 'pretrain', 'arm_base' or 'finetune arm_base'")
-    train.add_argument("--by", default="", help="such as 'triton'")
+    train.add_argument("--only", default="", help="rows that match, such as 'finetune arm_base'")
+    train.add_argument("--by", default="", help="what matches of triton, mamba_ssm, torch and vit_b_16")
     data = tables.add_parser("data")
     data.set_defaults(run=bench_data)
     data.add_argument("images_in", metavar="FOLDER_OR_TAR")
