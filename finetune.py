@@ -32,7 +32,7 @@ RECIPES = {  # where the paper's recipe differs between models; it gives none fo
 }
 DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, epochs=24, warmup_epochs=1, batch_size=16,
                      blr=1.6e-2, layer_decay=0.85, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
-                     augment=0, crop_scale=0.6, workers=0, drawings=160, out="runs/demo_finetune")
+                     augment=0, crop_scale=0.6, workers=0, compile=0, drawings=160, out="runs/demo_finetune")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ RECIPES = {  # where the paper's recipe differs between models
 MAY_CHANGE = ("data", "out", "resume", "eval", "workers", "device", "accum_steps", "checkpoint_minutes", "compile",
               "activation_checkpointing")  # on resuming
 DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=8, warmup_epochs=1,
-                     batch_size=64, blr=8e-3, workers=0, drawings=3200, out="runs/demo_pretrain")
+                     batch_size=64, blr=8e-3, workers=0, compile=0, drawings=3200,
+                     out="runs/demo_pretrain")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def prepare(model, args):
     torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
     if args.compile:
         for module in [model] if process()[1] == 1 and not args.activation_checkpointing else model.layers:
-            module.compile()
+            module.compile(dynamic=False)  # there are few batch sizes: the training's, the evaluation's and its last
 
 
 def matrix_flops(model):
