@@ -228,10 +228,9 @@ def mamba_ssm_installed():
 
 
 def kernels(device):
-    """The convolution and the scan that run on `device`: on CUDA those in Triton at the end of this file, else PyTorch's.
-
-    The environment variable ARM_SCAN=torch, triton or mamba_ssm forces a choice. Raises ValueError for another value, or
-    where the choice cannot run.
+    """The convolution and the scan that run on `device`: on CUDA those in Triton, at the end of this file, else
+    PyTorch's. The environment variable ARM_SCAN=torch, triton or mamba_ssm forces a choice. Raises ValueError for
+    another value, or where the choice cannot run.
     """
     triton_installed = not isinstance(triton, SimpleNamespace)
     default = "triton" if triton_installed and device.type != "cpu" else "torch"
@@ -722,25 +721,29 @@ def load_weights(model, path_or_url, ema=False):
 # ----------------------------------------------------------------------------------------------------------------------
 # The scan and the convolution on GPUs, in Triton: what selective_scan and causal_conv1d compute, forward and backward.
 #
-# A program is one warp of 32 threads. It walks the tokens of one sequence of one direction, for a block of channels,
-# with the states of these channels in its registers: nothing of size (L, D, N) is ever in memory. So that the backward
-# walk need not start from the first token, the forward walk leaves the state before every KEEP-th token; from there
-# the backward walk computes the states of a chunk again, and keeps those in registers too.
+# A program is one warp of 32 threads. It walks the tokens of one sequence in one direction, for a block of channels,
+# with the states of these channels in its registers, and keeps in memory only the state before every KEEP-th token.
+# From these the backward walk computes the other states again: first the one before each chunk of tokens, which goes to
+# a scratch memory; then, chunk by chunk from the last, those before the chunk's tokens, which stay in registers.
 #
 # A block's states are a tile of four axes: (states in a thread, channels in a thread, threads along the states, threads
 # along the channels). Sums over the first two are free, sums over the last two pass between threads. A token's B and C
-# have the axes of the states, its x, delta and y those of the channels, and a sequence's places are rows of memory.
+# have the axes of the states, its x, delta and y those of the channels.
+#
+# The GPU waits for a load at the stores before it, which might change what it reads. So the forward walk stores its
+# results at a chunk's end, and the backward walk loads a token before it stores the results of the one after it.
 
-KEEP = tl.constexpr(8)  # tokens; fewer cost memory, more cost time
-CHUNK = tl.constexpr(4)  # tokens, as many as registers can hold the states of
+KEEP = tl.constexpr(8)  # tokens; more cost time, fewer cost memory
+CHUNK = tl.constexpr(4)  # tokens, as many as registers have room for the states of
 LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
 
 
 @triton.jit
 def state_tile(block, N: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """Indices of a block's tile of states, where LANES threads share the N of a channel: its states n, (N / LANES, 1,
-    LANES, 1), and its channels d, (1, BLOCK * LANES / 32, LANES, 32 / LANES). A thread's n and d are neighbours, and d
-    is the same along LANES: written out, so that every thread loads the channels that it needs, and none is exchanged.
+    """Indices of a block's tile of states, where LANES threads share the N states of a channel: its states n, (N /
+    LANES, 1, LANES, 32 / LANES), and its channels d, (1, BLOCK * LANES / 32, LANES, 32 / LANES). Those of a thread are
+    neighbours. They are written out along axes where they are the same, so that each thread loads what it needs and
+    none is passed between threads; only n, where LANES is 1, is (N, 1, 1, 1), which Triton then does by itself.
     """
     PER_THREAD: tl.constexpr = BLOCK * LANES // 32
     n_lane, d_lane = tl.arange(0, LANES)[None, None, :, None], tl.arange(0, 32 // LANES)[None, None, None, :]

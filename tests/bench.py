@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import arm  # noqa: E402
 from arm import ARM, MODELS, ARMClassifier  # noqa: E402
-from pretrain import (ImageFiles, Images, list_images, make_loader, matrix_flops, matrix_rate, optimizer_step,  # noqa: E402
-                      prepare, start_processes)
+from pretrain import (ImageFiles, Images, list_images, make_loader, matrix_flops, matrix_rate,  # noqa: E402
+                      optimizer_step, prepare, start_processes)
 
 
 def milliseconds(function, repeats):
@@ -68,7 +68,8 @@ def scan_inputs(directions, batch, length, dim, dtype):
 def bench_scan(args):
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; scan with step size, skip and gate\n")
     scans = {name: getattr(arm, dict(torch="selective_scan").get(name, f"{name}_scan")) for name in installed_scans()}
-    print("| directions, batch, tokens, channels | dtype | scan | forward ms | forward + backward ms |\n" + "| --- " * 5 + "|")
+    print("| directions, batch, tokens, channels | dtype | scan | forward ms | forward + backward ms |")
+    print("| --- " * 5 + "|")
     for shape in ((1, 256, 128, 768), (4, 128, 197, 768)):
         tensors, orders = scan_inputs(*shape, torch.bfloat16)
         dy = torch.randn(shape[1:], device="cuda", dtype=torch.bfloat16)
@@ -79,9 +80,9 @@ def bench_scan(args):
             def both():
                 torch.autograd.grad(forward(), tensors, dy)
             repeats = 2 if name == "torch" else 20
-            print(f"| {shape} | bfloat16 | {name} | {milliseconds(forward, repeats):.3f} | {milliseconds(both, repeats):.3f} |",
-                  flush=True)
-    print("\nRelative error against float64 of the output and the largest of the gradients' (x dt dt_bias A B C D z):\n")
+            print(f"| {shape} | bfloat16 | {name} | {milliseconds(forward, repeats):.3f} | "
+                  f"{milliseconds(both, repeats):.3f} |", flush=True)
+    print("\nRelative errors against float64 of the output and of the gradients (x dt dt_bias A B C D z):\n")
     print("| directions, batch, tokens, channels | dtype | scan | output | gradients |\n" + "| --- " * 5 + "|")
     for length in (1, 37, 128, 197, 577):
         for directions, dim in ((1, 104), (4, 104)):
@@ -94,7 +95,8 @@ def bench_scan(args):
                 for name, scan in scans.items():
                     y = scan(*tensors, orders)
                     results = [y, *torch.autograd.grad(y, tensors, dy)]
-                    errors = [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(results, expected)]
+                    errors = [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+                              for a, b in zip(results, expected)]
                     print(f"| {(directions, 3, length, dim)} | {str(dtype)[6:]} | {name} | {errors[0]:.1e} | "
                           f"{' '.join(f'{e:.1e}' for e in errors[1:])} |", flush=True)
 
@@ -118,10 +120,12 @@ def inference(model, images):
 
 def bench_train(args):
     device, rate = start_processes("cuda"), matrix_rate(torch.device("cuda"))
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bfloat16 matrix products reach {rate / 1e12:.0f} TFLOP/s\n")
-    print("| work | model | image size, batch | by | images/s | ms | peak GiB | share of matrix rate |\n" + "| --- " * 8 + "|")
-    works = [("pretrain", "arm_base", 192, 256), ("finetune", "arm_base", 224, 128), ("pretrain", "arm_large", 192, 128),
-             ("pretrain", "arm_huge", 192, 64), ("classify", "arm_base", 224, 256)]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bfloat16 matrix products reach "
+          f"{rate / 1e12:.0f} TFLOP/s\n")
+    print("| work | model | image size, batch | by | images/s | ms | peak GiB | share of matrix rate |")
+    print("| --- " * 8 + "|")
+    works = [("pretrain", "arm_base", 192, 256), ("finetune", "arm_base", 224, 128),
+             ("pretrain", "arm_large", 192, 128), ("pretrain", "arm_huge", 192, 64), ("classify", "arm_base", 224, 256)]
     for work, name, size, batch in works:
         if not re.search(args.only, f"{work} {name}"):
             continue
@@ -163,7 +167,8 @@ def bench_train(args):
             if choice != "vit_b_16":
                 share = f"{flops * batch / (3 if work == 'classify' else 1) / ms * 1000 / rate:.0%}"
             by = {"vit_b_16": "ViT-B of torchvision", "triton": "ours", "mamba_ssm": "mamba-ssm's kernels",
-                  "torch": "plain PyTorch"}[choice] + ("", ", compiled", ", compiled, activation checkpointing")[compiled]
+                  "torch": "plain PyTorch"}[choice]
+            by += ("", ", compiled", ", compiled, activation checkpointing")[compiled]
             print(f"| {work} | {name} | {size}, {batch} | {by} | {batch / ms * 1000:,.0f} | {ms:.1f} | "
                   f"{torch.cuda.max_memory_allocated() / 2**30:.1f} | {share} |", flush=True)
             model = optimizer = step = None
