@@ -109,7 +109,7 @@ class SelectiveScan(torch.autograd.Function):
     stay in the cache, and the loop takes a third of the time on a CPU that it takes when left to autograd.
     """
 
-    CHUNK = 16
+    KEEP = 16
 
     @staticmethod
     def forward(ctx, delta, dx, A, B, C):
@@ -118,7 +118,7 @@ class SelectiveScan(torch.autograd.Function):
         h = dx.new_zeros(*dx.shape[:2], *A.shape[2:])  # (G, B, D, N)
         y, kept = torch.empty_like(dx), []
         for t in range(dx.shape[2]):
-            if t % SelectiveScan.CHUNK == 0:
+            if t % SelectiveScan.KEEP == 0:
                 kept.append(h)
             h = SelectiveScan.step(h, torch.exp(delta[:, :, t, :, None] * A), dx, B, t)
             y[:, :, t] = (h @ C[:, :, t, :, None]).squeeze(-1)  # (G, B, D)
@@ -137,8 +137,8 @@ class SelectiveScan(torch.autograd.Function):
         grad_delta, grad_dx, grad_B, grad_C = map(torch.empty_like, (delta, dx, B, C))
         g, grad_A = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])  # (G, B, D, N)
         for chunk in reversed(range(len(kept))):
-            start = chunk * SelectiveScan.CHUNK
-            stop = min(start + SelectiveScan.CHUNK, dx.shape[2])
+            start = chunk * SelectiveScan.KEEP
+            stop = min(start + SelectiveScan.KEEP, dx.shape[2])
             states, decays = [kept[chunk]], []
             for t in range(start, stop):
                 decays.append(torch.exp(delta[:, :, t, :, None] * A))
@@ -739,6 +739,13 @@ LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
 
 
 @triton.jit
+def walk(batch, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's sequence, of which direction and image, and its block of channels. int64, since memory is large."""
+    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
+    return sequence, sequence // batch, sequence % batch, block
+
+
+@triton.jit
 def state_tile(block, N: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """Indices of a block's tile of states, where LANES threads share the N states of a channel: its states n, (N /
     LANES, 1, LANES, 32 / LANES), and its channels d, (1, BLOCK * LANES / 32, LANES, 32 / LANES). Those of a thread are
@@ -788,21 +795,21 @@ def add(total, error, value):
 
 @triton.jit
 def next_state(h, t, x, dt, B, bias, A_2, inside, DIM: tl.constexpr, N: tl.constexpr):
-    """The state after token t, given the one before it; and the token's x and delta."""
+    """The state after token t, given the one before it; and the token's x."""
     x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
     delta = softplus(tl.load(dt + t * DIM, inside, 0.0).to(tl.float32) + bias)
-    return tl.exp2(delta * A_2) * h + (delta * x_t) * tl.load(B + t * N), x_t, delta
+    return tl.exp2(delta * A_2) * h + (delta * x_t) * tl.load(B + t * N), x_t
 
 
 @triton.jit
 def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept, batch, length, z_row: tl.constexpr,
                         GATED: tl.constexpr, ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr,
                         BLOCK: tl.constexpr, LANES: tl.constexpr):
-    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
-    direction, image = sequence // batch, sequence % batch
+    """From the first token to the last: out, ungated where there is a gate to undo later, and kept."""
+    sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d = state_tile(block, N, BLOCK, LANES)
     inside = d < DIM if DIM % BLOCK else tl.full(d.shape, True, tl.int1)
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside & (n < N), 0.0) * LOG2E
+    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside, 0.0) * LOG2E
     D_ = tl.load(D + direction * DIM + d, inside, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, inside, 0.0)
 
@@ -817,13 +824,13 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     kept += sequence * tl.cdiv(length, KEEP) * DIM * N + d * N + n
     h = tl.zeros_like(A_2)
     for first in range(0, length, KEEP):
-        tl.store(kept, h, inside & (n < N))
+        tl.store(kept, h, inside)
         kept += DIM * N
         for start in range(first, tl.minimum(first + KEEP, length), CHUNK):
             results = ()
             for i in tl.static_range(CHUNK):
                 t = tl.minimum(start + i, length - 1)  # past the end, the last token again, without effect
-                h, x_t, delta = next_state(h, t, x, dt, B, bias, A_2, inside, DIM, N)
+                h, x_t = next_state(h, t, x, dt, B, bias, A_2, inside, DIM, N)
                 y = sum_states(h * tl.load(C + t * N)) + D_ * x_t
                 place = tl.load(order + t) if ORDERED else t
                 gated = y
@@ -856,11 +863,11 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
                          dD, dz, batch, length, z_row: tl.constexpr, DIRECTIONS: tl.constexpr, GATED: tl.constexpr,
                          ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
                          LANES: tl.constexpr):
-    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
-    direction, image = sequence // batch, sequence % batch
+    """From the last token to the first: the gradient g of the state obeys the same recurrence backwards."""
+    sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d = state_tile(block, N, BLOCK, LANES)
     inside = d < DIM if DIM % BLOCK else tl.full(d.shape, True, tl.int1)
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside & (n < N), 0.0) * LOG2E
+    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside, 0.0) * LOG2E
     D_ = tl.load(D + direction * DIM + d, inside, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, inside, 0.0)
 
@@ -884,13 +891,13 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     dD_error, dbias_error = tl.zeros_like(D_), tl.zeros_like(D_)
     for first in range((length - 1) // KEEP * KEEP, -1, -KEEP):
         kept -= DIM * N
-        h = tl.load(kept, inside & (n < N), 0.0)
+        h = tl.load(kept, inside, 0.0)
         chunks = tl.cdiv(tl.minimum(KEEP, length - first), CHUNK)
         for c in range(chunks):
             tl.store(scratch + c * BLOCK * N, h)
             if c < chunks - 1:
                 for i in tl.static_range(CHUNK):
-                    h, _, _ = next_state(h, first + c * CHUNK + i, x, dt, B, bias, A_2, inside, DIM, N)
+                    h, _ = next_state(h, first + c * CHUNK + i, x, dt, B, bias, A_2, inside, DIM, N)
         tl.debug_barrier()  # what one thread stores another may load
         for c in range(chunks - 1, -1, -1):
             start = first + c * CHUNK
@@ -898,7 +905,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
             states = ()  # before each token
             for i in tl.static_range(CHUNK):
                 states = states + (h,)
-                h, _, _ = next_state(h, tl.minimum(start + i, length - 1), x, dt, B, bias, A_2, inside, DIM, N)
+                h, _ = next_state(h, tl.minimum(start + i, length - 1), x, dt, B, bias, A_2, inside, DIM, N)
             coming = load_token(tl.minimum(start + CHUNK, length) - 1, dout, C, z, ungated, order, inside, z_row, GATED,
                                 ORDERED, DIM, N)
             chunk_dA = tl.zeros_like(A_2)
@@ -931,7 +938,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
                 sum_dD, dD_error = add(sum_dD, dD_error, dy * x_t)
                 sum_dbias, dbias_error = add(sum_dbias, dbias_error, ddt_t)
             sum_dA += chunk_dA
-    tl.store(dA + (sequence * DIM + d) * N + n, sum_dA, inside & (n < N))
+    tl.store(dA + (sequence * DIM + d) * N + n, sum_dA, inside)
     tl.store(dD + sequence * DIM + d, sum_dD, inside)
     tl.store(dbias + sequence * DIM + d, sum_dbias, inside)
 
@@ -939,8 +946,8 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
 @triton.jit
 def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.constexpr, ORDERED: tl.constexpr,
                         DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
-    direction, image = sequence // batch, sequence % batch
+    """One warp walks the tokens of one sequence in one direction, with the last WIDTH of them in a window."""
+    sequence, direction, image, block = walk(batch, DIM, BLOCK)
     d = block * BLOCK + tl.arange(0, BLOCK)
     inside = d < DIM
     bias_ = tl.load(bias + direction * DIM + d, inside, 0.0)
@@ -950,8 +957,9 @@ def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.co
         window += (tl.zeros_like(bias_),)
     x += image * length * x_row + d
     out += sequence * length * DIM + d
+    order += direction * length
     for t in range(length):
-        place = tl.load(order + direction * length + t) if ORDERED else t
+        place = tl.load(order + t) if ORDERED else t
         window = window[1:] + (tl.load(x + place * x_row, inside, 0.0).to(tl.float32),)
         y = bias_
         for k in tl.static_range(WIDTH):
@@ -962,13 +970,13 @@ def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.co
 @triton.jit
 def conv_backward_kernel(x, weight, bias, order, dout, dx, dweight, dbias, batch, length, x_row: tl.constexpr,
                          ORDERED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    sequence, block = tl.program_id(0).to(tl.int64) // tl.cdiv(DIM, BLOCK), tl.program_id(0) % tl.cdiv(DIM, BLOCK)
-    direction, image = sequence // batch, sequence % batch
+    """The same backwards: the window holds token t and those before it, `later` the gradients of t and those after."""
+    sequence, direction, image, block = walk(batch, DIM, BLOCK)
     d = block * BLOCK + tl.arange(0, BLOCK)
     inside = d < DIM
     order += direction * length
     bias_ = tl.load(bias + direction * DIM + d, inside, 0.0)
-    taps, window, later, sums = (), (), (), ()  # later: the gradients before the SiLU, of tokens t, t + 1, ...
+    taps, window, later, sums = (), (), (), ()
     x += image * length * x_row + d
     dout += sequence * length * DIM + d
     dx += sequence * length * DIM + d
@@ -1004,20 +1012,23 @@ def conv_backward_kernel(x, weight, bias, order, dout, dx, dweight, dbias, batch
     tl.store(dbias + sequence * DIM + d, sum_dbias, inside)
 
 
-
 def evenly_spaced(t):
     """t, (B, L, D), and the elements from row to row: as it is where it is a slice of a wider tensor, else a copy."""
     if t.stride(2) != 1 or t.stride(0) != t.shape[1] * t.stride(1):
-        t = t.contiguous()
+        return t.contiguous(), t.shape[2]
     return t, t.stride(1)
 
 
 def float32(*tensors):
+    """Parameters, B and C as the kernels read them."""
     return [t.float().contiguous() for t in tensors]
 
 
-def states_kept(length):
-    return -(-length // KEEP.value)
+def launch(kernel, blocks, sequences, x, *arguments, orders, **options):
+    """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence."""
+    order = x if orders is None else orders.contiguous()  # without orders not read
+    with torch.cuda.device_of(x):
+        kernel[(blocks * sequences,)](x, *arguments, order=order, ORDERED=orders is not None, num_warps=1, **options)
 
 
 @torch.library.custom_op("arm::scan", mutates_args=())
@@ -1026,22 +1037,21 @@ def scan_op(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Ten
     """Returns what selective_scan does, gated only where there is one direction; for the backward pass the result
     before the gate, if any, and the states before every KEEP-th token.
     """
-    directions, batch, length, dim = x.shape
+    (directions, batch, length, dim), N = x.shape, A.shape[-1]
     gated = directions == 1
     (x, dt), (z, z_row) = (x.contiguous(), dt.contiguous()), evenly_spaced(z)
     out, ungated = torch.empty_like(x), torch.empty_like(x if gated else x[:0])
-    kept = x.new_empty(directions, batch, states_kept(length), dim, A.shape[-1], dtype=torch.float32)
-    block = 64
-    scan_forward_kernel[(triton.cdiv(dim, block) * directions * batch,)](
-        x, dt, *float32(dt_bias, A, B, C, D), z, x if orders is None else orders, out, ungated, kept, batch, length,
-        z_row, gated, orders is not None, dim, A.shape[-1], block, LANES=1, num_warps=1)
+    kept = x.new_empty(directions, batch, triton.cdiv(length, KEEP.value), dim, N, dtype=torch.float32)
+    launch(scan_forward_kernel, triton.cdiv(dim, 64), directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z,
+           out=out, ungated=ungated, kept=kept, batch=batch, length=length, z_row=z_row, GATED=gated, DIM=dim, N=N,
+           BLOCK=64, LANES=1, orders=orders)
     return out.squeeze(0) if gated else out.mean(dim=0), ungated, kept
 
 
 @scan_op.register_fake
 def _(x, dt, dt_bias, A, B, C, D, z, orders):
     directions, batch, length, dim = x.shape
-    kept = x.new_empty(directions, batch, states_kept(length), dim, A.shape[-1], dtype=torch.float32)
+    kept = x.new_empty(directions, batch, triton.cdiv(length, KEEP.value), dim, A.shape[-1], dtype=torch.float32)
     return x.new_empty(batch, length, dim), x.new_empty(int(directions == 1), batch, length, dim), kept
 
 
@@ -1049,20 +1059,19 @@ def _(x, dt, dt_bias, A, B, C, D, z, orders):
 def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                      z: Tensor, orders: Optional[Tensor], ungated: Tensor, kept: Tensor) -> list[Tensor]:
     """The gradients of x, dt, dt_bias, A, B, C, D and, where it was gated, z."""
-    directions, batch, length, dim = x.shape
+    (directions, batch, length, dim), N = x.shape, A.shape[-1]
     gated = directions == 1
     (dout, x, dt), (z, z_row) = (t.contiguous() for t in (dout, x, dt)), evenly_spaced(z)
     dx, ddt, dz = torch.empty_like(x), torch.empty_like(dt), z.new_empty(z.shape if gated else 0)
-    block = 16
-    blocks = triton.cdiv(dim, block)
+    blocks = triton.cdiv(dim, 16)
     dbias, dD = x.new_empty(2, directions, batch, dim, dtype=torch.float32)
-    dA = x.new_empty(directions, batch, *A.shape[1:], dtype=torch.float32)
-    dB, dC = x.new_empty(2, directions, batch, blocks, length, A.shape[-1], dtype=torch.float32)
-    scratch = x.new_empty(directions, batch, blocks, KEEP.value // CHUNK.value, block, A.shape[-1], dtype=torch.float32)
-    scan_backward_kernel[(blocks * directions * batch,)](
-        x, dt, *float32(dt_bias, A, B, C, D), z, x if orders is None else orders, ungated, kept, dout, scratch, dx, ddt,
-        dbias, dA, dB, dC, dD, dz, batch, length, z_row, directions, gated, orders is not None, dim, A.shape[-1], block,
-        LANES=4, num_warps=1, maxnreg=128)
+    dA = x.new_empty(directions, batch, dim, N, dtype=torch.float32)
+    dB, dC = x.new_empty(2, directions, batch, blocks, length, N, dtype=torch.float32)
+    scratch = x.new_empty(directions, batch, blocks, KEEP.value // CHUNK.value, 16, N, dtype=torch.float32)
+    launch(scan_backward_kernel, blocks, directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z, ungated=ungated,
+           kept=kept, dout=dout, scratch=scratch, dx=dx, ddt=ddt, dbias=dbias, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz,
+           batch=batch, length=length, z_row=z_row, DIRECTIONS=directions, GATED=gated, DIM=dim, N=N, BLOCK=16,
+           LANES=4, maxnreg=128, orders=orders)
     return [dx, ddt, dbias.sum(1).to(dt_bias.dtype), dA.sum(1).to(A.dtype), dB.sum(2).to(B.dtype),
             dC.sum(2).to(C.dtype), dD.sum(1).to(D.dtype), dz]
 
@@ -1098,10 +1107,8 @@ def conv_op(x: Tensor, weight: Tensor, bias: Tensor, orders: Optional[Tensor]) -
     batch, length, _ = x.shape
     x, x_row = evenly_spaced(x)
     out = x.new_empty(directions, batch, length, dim)
-    block = 64
-    conv_forward_kernel[(triton.cdiv(dim, block) * directions * batch,)](
-        x, *float32(weight, bias), x if orders is None else orders, out, batch, length, x_row, orders is not None, dim,
-        width, block, num_warps=1)
+    launch(conv_forward_kernel, triton.cdiv(dim, 64), directions * batch, x, *float32(weight, bias), out=out,
+           batch=batch, length=length, x_row=x_row, DIM=dim, WIDTH=width, BLOCK=64, orders=orders)
     return out
 
 
@@ -1118,10 +1125,9 @@ def conv_backward_op(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, orde
     dx = torch.empty_like(dout)
     dweight = x.new_empty(directions, batch, dim, width, dtype=torch.float32)
     dbias = x.new_empty(directions, batch, dim, dtype=torch.float32)
-    block = 64
-    conv_backward_kernel[(triton.cdiv(dim, block) * directions * batch,)](
-        x, *float32(weight, bias), x if orders is None else orders, dout, dx, dweight, dbias, batch, length, x_row,
-        orders is not None, dim, width, block, num_warps=1)
+    launch(conv_backward_kernel, triton.cdiv(dim, 64), directions * batch, x, *float32(weight, bias), dout=dout, dx=dx,
+           dweight=dweight, dbias=dbias, batch=batch, length=length, x_row=x_row, DIM=dim, WIDTH=width, BLOCK=64,
+           orders=orders)
     dx = dx.squeeze(0) if directions == 1 else dx.sum(dim=0)
     return [dx, dweight.sum(1).to(weight.dtype), dbias.sum(1).to(bias.dtype)]
 

@@ -478,8 +478,8 @@ class Progress:
         self.totals = torch.tensor(state.get("totals", [0.0] * 4), device=device, dtype=torch.float64)
         self.unreadable = set(state.get("unreadable", []))
         self.new_unreadable, self.interrupted = set(), False
-        self.saved_at = self.epoch_started = time.monotonic()
-        self.epoch_first_step = self.step
+        self.saved_at = self.epoch_started = self.read_at = time.monotonic()
+        self.epoch_first_step = self.read_step = self.step
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self.interrupt)
         total, done = args.epochs * steps_per_epoch * args.batch_size, self.step * args.batch_size
@@ -526,7 +526,9 @@ class Progress:
         self.bar.set_description(f"epoch {epoch}/{self.args.epochs}", refresh=False)
         share = ""
         if self.full_speed:
-            share = f", {(self.bar.format_dict['rate'] or 0) / self.full_speed:.0%} of matrix rate"
+            speed = (self.step - self.read_step) * self.args.batch_size / (time.monotonic() - self.read_at)  # images/s
+            share = f", {speed / self.full_speed:.0%} of matrix rate"
+            self.read_at, self.read_step = time.monotonic(), self.step
         self.bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.2e}{share}", refresh=False)
         self.bar.update(self.step * self.args.batch_size - self.bar.n)
         return interrupted > 0
@@ -621,7 +623,7 @@ def add_common_arguments(parser):
     parser.add_argument("--workers", type=int, default=None, help="loader processes for each training process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--drawings", type=int, default=1, help="how many, of the demonstration")
-    parser.add_argument("--compile", type=int, choices=[0, 1], help="torch.compile (default: on GPUs)")
+    parser.add_argument("--compile", type=int, choices=[0, 1], help="torch.compile (default: on GPUs, with our scan)")
     parser.add_argument("--activation_checkpointing", action="store_true", help="recompute the encoder's activations: "
                         "less memory, about a third more work")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -639,7 +641,7 @@ def parse_args(parser, demonstration, recipes):
     if args.workers is None:
         args.workers = min(16, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if args.compile is None:
-        args.compile = int(args.device == "cuda")
+        args.compile = int(args.device == "cuda" and os.environ.get("ARM_SCAN", "triton") == "triton")
     with bad_input():
         for name in ("batch_size", "accum_steps", "epochs", "image_size", "patch_size", "drawings"):
             if getattr(args, name) < 1:

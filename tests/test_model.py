@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden_images, weights
 
-from arm import (ARM, MODELS, ARMClassifier, Mamba, SwiGLU, causal_conv1d, cluster_order, inverse_order, kernels,
-                 load_weights, mamba_ssm_conv1d, mamba_ssm_scan, rename_released, resize_position, scan_orders,
-                 selective_scan, sincos_position, triton, triton_conv1d, triton_scan)
+from arm import (ARM, MODELS, ARMClassifier, Mamba, SwiGLU, causal_conv1d, cluster_order, conv_op, inverse_order,
+                 kernels, load_weights, mamba_ssm_conv1d, mamba_ssm_scan, rename_released, resize_position, scan_op,
+                 scan_orders, selective_scan, sincos_position, triton, triton_conv1d, triton_scan)
 from finetune import parameter_groups
 
 
@@ -220,6 +220,26 @@ def test_the_convolutions_are_causal_depthwise_conv1d_with_silu(conv, directions
     weight, bias = (torch.randn(directions, dim, *width, requires_grad=True) for width in ((4,), ()))
     orders = torch.stack([torch.randperm(length) for _ in range(directions)]) if directions > 1 else None
     assert_agree(conv, depthwise, [x_z[..., :dim], weight, bias, orders], tolerance=1e-5)
+
+
+@TRITON
+@pytest.mark.parametrize("directions", [1, 3])
+def test_the_triton_operators_are_what_they_are_registered_as(directions):
+    inputs = scan_inputs(directions, batch=1, length=9)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(scan_op, inputs, test_utils=checks)
+    weight, bias, orders = torch.randn(directions, 5, 4), torch.randn(directions, 5), inputs[-1]
+    torch.library.opcheck(conv_op, (inputs[-2], weight, bias, orders), test_utils=checks)
+
+
+@TRITON
+def test_the_triton_kernels_read_what_is_not_contiguous():
+    x, weight, bias = torch.randn(3, 6, 1).mT, torch.randn(1, 6, 4), torch.randn(1, 6)  # one token, strides of no use
+    torch.testing.assert_close(triton_conv1d(x, weight, bias), causal_conv1d(x, weight, bias))
+    *inputs, orders = scan_inputs(3, length=9)
+    orders = torch.stack(list(orders), dim=1).T  # the same, not contiguous
+    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(triton_scan(*inputs, orders), selective_scan(*inputs, orders))
 
 
 @TRITON
