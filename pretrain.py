@@ -357,8 +357,8 @@ def prepare(model, args):
     those of the next are computed; and with activations recomputed, which are those of blocks.
     """
     model.activation_checkpointing = args.activation_checkpointing
-    torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
     if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
         whole = process()[1] == 1 and not args.activation_checkpointing
         for module in [model] if whole else [*model.layers, *getattr(model, "decoder", [])]:
             module.compile(dynamic=False)  # there are few batch sizes: the training's, the evaluation's and its last
