@@ -794,6 +794,15 @@ def add(total, error, value):
 
 
 @triton.jit
+def load_parameters(dt_bias, A, D, direction, n, d, DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Which channels there are, where BLOCK does not divide DIM; A for the exponential of base 2; D; the bias of dt."""
+    inside = d < DIM if DIM % BLOCK else tl.full(d.shape, True, tl.int1)
+    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside, 0.0) * LOG2E
+    D_ = tl.load(D + direction * DIM + d, inside, 0.0)
+    return inside, A_2, D_, tl.load(dt_bias + direction * DIM + d, inside, 0.0)
+
+
+@triton.jit
 def next_state(h, t, x, dt, B, bias, A_2, inside, DIM: tl.constexpr, N: tl.constexpr):
     """The state after token t, given the one before it; and the token's x."""
     x_t = tl.load(x + t * DIM, inside, 0.0).to(tl.float32)
@@ -808,10 +817,7 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     """From the first token to the last: out, ungated where there is a gate to undo later, and kept."""
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d = state_tile(block, N, BLOCK, LANES)
-    inside = d < DIM if DIM % BLOCK else tl.full(d.shape, True, tl.int1)
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside, 0.0) * LOG2E
-    D_ = tl.load(D + direction * DIM + d, inside, 0.0)
-    bias = tl.load(dt_bias + direction * DIM + d, inside, 0.0)
+    inside, A_2, D_, bias = load_parameters(dt_bias, A, D, direction, n, d, DIM, N, BLOCK)
 
     x += sequence * length * DIM + d
     dt += sequence * length * DIM + d
@@ -866,10 +872,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     """From the last token to the first: the gradient g of the state obeys the same recurrence backwards."""
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d = state_tile(block, N, BLOCK, LANES)
-    inside = d < DIM if DIM % BLOCK else tl.full(d.shape, True, tl.int1)
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, inside, 0.0) * LOG2E
-    D_ = tl.load(D + direction * DIM + d, inside, 0.0)
-    bias = tl.load(dt_bias + direction * DIM + d, inside, 0.0)
+    inside, A_2, D_, bias = load_parameters(dt_bias, A, D, direction, n, d, DIM, N, BLOCK)
 
     x += sequence * length * DIM + d
     dx += sequence * length * DIM + d

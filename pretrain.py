@@ -92,6 +92,7 @@ def process():
 def run(main):
     """Call main(); what a user can act on ends in one sentence and a non-zero exit on every process, without a hang."""
     rank, _ = process()
+    worker_died = Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
     try:
         main()
     except Stop as stop:
@@ -100,12 +101,12 @@ def run(main):
         end = Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
                    "--activation_checkpointing.", everywhere=False)
     except (ConnectionError, EOFError):  # of a worker's pipe; a lost process is a DistError
-        end = Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
+        end = worker_died
     except OSError as error:
         end = Stop(f"{error.filename or 'A file'}: {error.strerror or error}.", everywhere=False)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            end = Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
+            end = worker_died
         elif isinstance(error, dist.DistError) or re.search("onnection|imed out|gloo|NCCL", str(error)):
             end = Stop("Lost the connection to another process, which ended or hangs.", everywhere=False)
         else:
@@ -373,18 +374,23 @@ def matrix_flops(model):
     return 3 * counter.get_total_flops()
 
 
+def milliseconds(function, repeats):
+    """The median time of a call on the GPU, after a warm-up."""
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[repeats // 2]
+
+
 def matrix_rate(device):
     """What the GPU reaches in a large bfloat16 matrix product, in floating-point operations per second, measured."""
     a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000)
-    return 2 * len(a) ** 3 / sorted(seconds)[5]
+    return 2 * len(a) ** 3 / milliseconds(lambda: a @ b, repeats=10) * 1000
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -30,20 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import arm  # noqa: E402
 from arm import ARM, MODELS, ARMClassifier  # noqa: E402
 from pretrain import (ImageFiles, Images, list_images, make_loader, matrix_flops, matrix_rate,  # noqa: E402
-                      optimizer_step, prepare, start_processes)
-
-
-def milliseconds(function, repeats):
-    """The median time of a call on the GPU, after a warm-up."""
-    times = []
-    for i in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[3:])[repeats // 2]
+                      milliseconds, optimizer_step, prepare, start_processes)
 
 
 def installed_scans():
