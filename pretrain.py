@@ -360,6 +360,7 @@ def prepare(model, args):
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
+        torch._functorch.config.activation_memory_budget = 0.9  # a quarter less memory for about 3% more time
         whole = process()[1] == 1 and not args.activation_checkpointing
         for module in [model] if whole else [*model.layers, *getattr(model, "decoder", [])]:
             module.compile(dynamic=False)  # there are few batch sizes: the training's, the evaluation's and its last
@@ -375,16 +376,14 @@ def matrix_flops(model):
 
 
 def milliseconds(function, repeats):
-    """The median time of a call on the GPU, after a warm-up."""
-    times = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    """The median time from one call to the next on the GPU, after a warm-up."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 4)]
+    for event in events[:-1]:
+        event.record()
         function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[3:])[repeats // 2]
+    events[-1].record()
+    events[-1].synchronize()
+    return sorted(start.elapsed_time(end) for start, end in zip(events[3:], events[4:]))[repeats // 2]
 
 
 def matrix_rate(device):

@@ -227,7 +227,10 @@ def test_the_convolutions_are_causal_depthwise_conv1d_with_silu(conv, directions
 def test_the_triton_operators_are_what_they_are_registered_as(directions):
     inputs = scan_inputs(directions, batch=1, length=9)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(scan_op, inputs, test_utils=checks)
+    torch.library.opcheck(scan_op, (*inputs, True), test_utils=checks)
+    with torch.no_grad():
+        torch.library.opcheck(scan_op, (*inputs, False), test_utils=checks[:2])
+        assert torch.equal(scan_op(*inputs, False)[0], scan_op(*inputs, True)[0])
     weight, bias, orders = torch.randn(directions, 5, 4), torch.randn(directions, 5), inputs[-1]
     torch.library.opcheck(conv_op, (inputs[-2], weight, bias, orders), test_utils=checks)
 
