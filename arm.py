@@ -63,7 +63,7 @@ def cluster_order(grid, cluster_size):
     """
     if cluster_size < 1 or grid % cluster_size:
         raise ValueError(f"clusters of {cluster_size}x{cluster_size} patches do not tile {grid}x{grid} patches: "
-                         f"choose a cluster size that divides {grid}")
+                         f"choose a cluster size that divides {grid}, or another patch size")
     n = grid // cluster_size
     raster = torch.arange(grid * grid).view(n, cluster_size, n, cluster_size)  # (cluster row, row, cluster col, col)
     return raster.transpose(1, 2).flatten()
@@ -682,6 +682,9 @@ def load_weights(model, path_or_url, ema=False):
     found = {rename_released(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not any(k.startswith(ENCODER) for k in found):
         raise ValueError(f"{path_or_url} holds no weights of an ARM model")
+    misfit, made = f"{path_or_url} does not fit this model", checkpoint.get("args")
+    if isinstance(made, dict):  # ours
+        misfit += f", made with {' '.join(f'--{name} {made[name]}' for name in ('model', 'image_size', 'patch_size'))}"
 
     own = model.state_dict()
     classifier = isinstance(model, ARMClassifier)
@@ -700,15 +703,14 @@ def load_weights(model, path_or_url, ema=False):
         elif classifier and name.startswith("head."):
             fresh.add("head")
         elif source not in found:
-            raise ValueError(f"{path_or_url} does not fit this model: it has no {name}, here {tuple(tensor.shape)}")
+            raise ValueError(f"{misfit}: it has no {name}, here {tuple(tensor.shape)}")
         else:
-            raise ValueError(f"{path_or_url} does not fit this model: {name} has shape {tuple(found[source].shape)} "
-                             f"there and {tuple(tensor.shape)} here")
+            raise ValueError(f"{misfit}: {name} has shape {tuple(found[source].shape)} there and {tuple(tensor.shape)} "
+                             f"here")
     ignored = found.keys() - own.keys()
     deeper = sorted(k for k in ignored if k.startswith("layers.") and ".directions." not in k)
     if deeper:
-        raise ValueError(f"{path_or_url} does not fit this model: it has {deeper[0]}, "
-                         f"{tuple(found[deeper[0]].shape)}, and this model does not")
+        raise ValueError(f"{misfit}: it has {deeper[0]}, {tuple(found[deeper[0]].shape)}, and this model does not")
     if "head" in fresh:
         loaded = {k: v for k, v in loaded.items() if not k.startswith("head.")}
     model.load_state_dict(loaded, strict=False)

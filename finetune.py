@@ -24,7 +24,7 @@ from arm import MODELS, ARMClassifier, load_weights, read_checkpoint
 from pretrain import (MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments, bad_input,
                       check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std, move,
                       normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run, save_checkpoint,
-                      seed_of, start_processes)
+                      seed_of, start_processes, tqdm)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -243,26 +243,25 @@ def get_args():
     parser.add_argument("--init", metavar="CKPT", help="pretrained weights, a file or URL. Without it, or "
                         "with none, from scratch; the demonstration looks for its own pretraining first")
     parser.add_argument("--eval", metavar="CKPT", help="evaluate these weights, a file or URL, on val/ and stop")
-    parser.add_argument("--out", metavar="DIR", default="runs/finetune")
-    parser.add_argument("--model", choices=MODELS, default="arm_base")
+    parser.add_argument("--out", metavar="DIR", default="runs/finetune", help="where the run goes")
+    parser.add_argument("--model", choices=MODELS, default="arm_base", help="size")
     parser.add_argument("--image_size", type=int, default=224, help="pixels")
     parser.add_argument("--patch_size", type=int, default=16, help="pixels")
-    parser.add_argument("--pool", choices=["mean", "cls"], default="mean")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--warmup_epochs", type=float, default=5)
+    parser.add_argument("--pool", choices=["mean", "cls"], default="mean", help="what the classifier reads")
+    parser.add_argument("--epochs", type=int, default=100, help="passes over the images")
+    parser.add_argument("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
     parser.add_argument("--blr", type=float, default=5e-4, help="peak learning rate for a batch of 256")
-    parser.add_argument("--min_lr", type=float, default=1e-6)
+    parser.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end")
     parser.add_argument("--layer_decay", type=float, default=0.65, help="of the learning rate, from layer to layer")
     parser.add_argument("--drop_path", type=float, default=0.1, help="rate that stochastic depth rises to")
-    parser.add_argument("--ema_decay", type=float, default=0.99992)
+    parser.add_argument("--ema_decay", type=float, default=0.99992, help="of the average of the weights")
     parser.add_argument("--smoothing", type=float, default=0.1, help="of the labels")
     parser.add_argument("--mixup", type=float, default=0.8, help="alpha; 0 for none")
     parser.add_argument("--cutmix", type=float, default=1.0, help="alpha; 0 for none")
     parser.add_argument("--crop_scale", type=float, default=0.08, help="smallest share of an image that a crop shows")
     parser.add_argument("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     parser.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
-    add_common_arguments(parser)
-    parser.set_defaults(batch_size=1024)
+    add_common_arguments(parser, batch_size=1024)
     args = parse_args(parser, DEMONSTRATION, RECIPES)
     with bad_input():
         for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
@@ -295,8 +294,6 @@ def main():
             classes, *names = from_first_process(lambda: find_images(args.data, args.eval))
             train, val = (ImageFiles(os.path.join(args.data, part), part_names, classes)
                           for part, part_names in zip(("train", "val"), names))
-        if not args.eval:
-            from_first_process(lambda: check_run(args, len(train)))
     train_set = Images(train, train_transform(args), args.seed)
     val_set = Images(val, eval_transform(args.image_size), replace=False)
     steps_per_epoch = len(train) // args.batch_size
@@ -307,6 +304,8 @@ def main():
     with bad_input():
         model = ARMClassifier(args.image_size, args.patch_size, **MODELS[args.model], num_classes=len(classes),
                               drop_path=args.drop_path, pool=args.pool)
+        if not args.eval:
+            from_first_process(lambda: check_run(args, len(train)))
     prepare(model, args)
     if args.eval:
         return evaluate_checkpoint(args, model.to(device), val_set, device)
@@ -335,9 +334,9 @@ def main():
     if first:
         parameters = sum(p.numel() for p in model.parameters())
         start = "scratch" if args.init == "none" else args.init
-        print(f"{args.model} from {start}, {parameters:,} parameters; {len(train):,} training and {len(val):,} "
-              f"validation images of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch} steps, from step "
-              f"{progress.step}; {processes} x {device.type}; to {args.out}")
+        tqdm.write(f"{args.model} from {start}, {parameters:,} parameters; {len(train):,} training and {len(val):,} "
+                   f"validation images of {len(classes)} classes, {args.epochs} epochs of {steps_per_epoch} steps, "
+                   f"from step {progress.step}; {processes} x {device.type}; to {args.out}")
 
     # Training
     batches = iter(make_loader(train_set, Batches(len(train), args, progress.step), args, device))
@@ -393,8 +392,8 @@ def main():
 
     progress.bar.close()
     if first:
-        print(f"Done: the best top-1 accuracy was {best:.2f}%, weights in {args.out}/best.pth; the last in "
-              f"{args.out}/last.pth, every epoch's results in {args.out}/log.jsonl.")
+        print(f"Done: the best top-1 accuracy, of the weights or their average, was {best:.2f}%, in {args.out}/best.pth;"
+              f" the last weights are in {args.out}/last.pth, every epoch's results in {args.out}/log.jsonl.")
 
 
 def evaluate_checkpoint(args, model, val_set, device):
@@ -404,8 +403,8 @@ def evaluate_checkpoint(args, model, val_set, device):
     for ema in (False, True) if has_ema else (False,):
         with bad_input():
             if "head" in from_first_process(lambda: load_weights(model, args.eval, ema)):
-                raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as --data has: "
-                                 f"finetune it first, or give its own data.")
+                raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as the images "
+                                 f"have: finetune it first, or give its own --data.")
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
         top1, top5, loss, left_out = evaluate(model, val_set, args, device)

@@ -78,7 +78,12 @@ def bad_input():
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one sentence."""
+    """argparse, with defaults in its help and errors of one sentence."""
+
+    def add_argument(self, *names, help, default=None, **options):
+        if default not in (None, argparse.SUPPRESS):
+            help += " (default: %(default)s)"
+        return super().add_argument(*names, help=help, default=default, **options)
 
     def error(self, message):
         raise Stop(f"{message[0].upper()}{message[1:]}. Run python {self.prog} --help for what there is.", code=2)
@@ -97,6 +102,8 @@ def run(main):
         main()
     except Stop as stop:
         end = stop
+    except KeyboardInterrupt:  # while it trains, Progress catches the signal
+        end = Stop("Interrupted.", code=os.EX_TEMPFAIL)
     except torch.OutOfMemoryError:
         end = Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
                    "--activation_checkpointing.", everywhere=False)
@@ -170,7 +177,8 @@ def seed_of(*key):
 def list_images(folder):
     """Relative paths of all images below a folder, sorted. Raises ValueError where there are none."""
     if not os.path.isdir(folder):
-        raise ValueError(f"There is no folder {folder}: --data takes a folder of images.")
+        raise ValueError(f"There is no folder {folder}: --data takes a folder of images, for finetuning and evaluation "
+                         f"one with train/CLASS/* and val/CLASS/*.")
     names = []
     for root, _, files in os.walk(folder, followlinks=True):
         below = os.path.relpath(root, folder)
@@ -620,20 +628,22 @@ def open_log(path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def add_common_arguments(parser):
+def add_common_arguments(parser, batch_size):
     """The flags that pretraining and finetuning share."""
-    parser.add_argument("--batch_size", type=int, help="of all processes together")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="of all processes together")
     parser.add_argument("--accum_steps", type=int, default=1, help="split each batch in time, to save memory")
-    parser.add_argument("--weight_decay", type=float, default=0.05)
-    parser.add_argument("--workers", type=int, default=None, help="loader processes for each training process")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--drawings", type=int, default=1, help="how many, of the demonstration")
+    parser.add_argument("--weight_decay", type=float, default=0.05, help="of matrices")
+    parser.add_argument("--workers", type=int, help="loader processes for each training process (default: the cores)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random choices")
+    parser.add_argument("--drawings", type=int, help="images of the demonstration")
     parser.add_argument("--compile", type=int, choices=[0, 1], help="torch.compile (default: on GPUs, with our scan)")
-    parser.add_argument("--activation_checkpointing", action="store_true", help="recompute the encoder's activations: "
-                        "less memory, about a third more work")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--activation_checkpointing", action="store_true",
+                        help="recompute the encoder's activations: less memory, about a third more work")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="what to train on")
     parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint (default: last.pth in --out)")
     parser.add_argument("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
+    parser.set_defaults(drawings=1)  # the demonstration has its own
 
 
 def parse_args(parser, demonstration, recipes):
@@ -681,17 +691,16 @@ def get_args():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", metavar="DIR", help="images: train/CLASS/*, CLASS/* or just images; labels are not "
                         "used. Without it, a demonstration on drawn images")
-    parser.add_argument("--out", metavar="DIR", default="runs/pretrain")
-    parser.add_argument("--model", choices=MODELS, default="arm_base")
+    parser.add_argument("--out", metavar="DIR", default="runs/pretrain", help="where the run goes")
+    parser.add_argument("--model", choices=MODELS, default="arm_base", help="size")
     parser.add_argument("--image_size", type=int, default=192, help="pixels")
     parser.add_argument("--patch_size", type=int, default=16, help="pixels")
     parser.add_argument("--cluster_size", type=int, default=4, help="patches along a cluster side")
-    parser.add_argument("--epochs", type=int, default=1600)
-    parser.add_argument("--warmup_epochs", type=float, default=5)
+    parser.add_argument("--epochs", type=int, default=1600, help="passes over the images")
+    parser.add_argument("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
     parser.add_argument("--blr", type=float, default=1.5e-4, help="peak learning rate for a batch of 256")
     parser.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm")
-    add_common_arguments(parser)
-    parser.set_defaults(batch_size=2048)
+    add_common_arguments(parser, batch_size=2048)
     args = parse_args(parser, DEMONSTRATION, RECIPES)
     with bad_input():
         if not args.clip_grad > 0:
@@ -725,7 +734,6 @@ def main():
             train = os.path.join(args.data, "train")
             folder = train if os.path.isdir(train) else args.data
             source = ImageFiles(folder, from_first_process(lambda: list_images(folder)))
-        from_first_process(lambda: check_run(args, len(source)))
     crop = v2.RandomResizedCrop(args.image_size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC)
     dataset = Images(source, v2.Compose([crop, v2.RandomHorizontalFlip()]), args.seed)
     steps_per_epoch = len(source) // args.batch_size
@@ -736,6 +744,7 @@ def main():
     with bad_input():
         size = MODELS[args.model]
         arm = ARM(args.image_size, args.patch_size, args.cluster_size, **size, decoder_dim=min(512, size["dim"]))
+        from_first_process(lambda: check_run(args, len(source)))
         checkpoint = resume_checkpoint(args, arm, len(source))
     prepare(arm, args)
     model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
@@ -750,8 +759,8 @@ def main():
     del checkpoint  # which is large
     if first:
         parameters = sum(p.numel() for p in arm.parameters())
-        print(f"{args.model}, {parameters:,} parameters; {len(source):,} images, {args.epochs} epochs of "
-              f"{steps_per_epoch} steps, from step {progress.step}; {process()[1]} x {device.type}; to {args.out}")
+        tqdm.write(f"{args.model}, {parameters:,} parameters; {len(source):,} images, {args.epochs} epochs of "
+                   f"{steps_per_epoch} steps, from step {progress.step}; {process()[1]} x {device.type}; to {args.out}")
 
     # Training
     batches = iter(make_loader(dataset, Batches(len(source), args, progress.step), args, device))
@@ -791,6 +800,8 @@ def main():
             command += f" --data {args.data} --model {args.model}"
             if args.patch_size != 16:
                 command += f" --image_size {args.image_size} --patch_size {args.patch_size}"
+            if args.batch_size < 1024:
+                command += f" --batch_size {args.batch_size}"
         print(f"Done: weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png.\n"
               f"Next, finetune: {command}")
 

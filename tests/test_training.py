@@ -423,6 +423,7 @@ def test_two_nodes_train_together(images, alone, tmp_path):
     ("finetune", ["--init", "TEXT"], "not a checkpoint, or is damaged"),
     ("finetune", ["--eval", "GOLDEN"], "does not fit this model"),
     ("finetune", ["--eval", "PRETRAINED"], "has no classifier of 10 classes"),
+    ("finetune", ["--init", "PRETRAINED", "--model", "arm_small"], "made with --model arm_tiny --image_size 48"),
     ("finetune", ["--smoothing", 2], "--smoothing is from 0 to 1"),
     ("finetune", ["--mixup", 0.8, "--batch_size", 33], "Mixup and CutMix mix pairs")])
 def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, arguments, sentence):
@@ -437,7 +438,9 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, ar
         write_images(tmp_path / "more" / "val" / "cat", 1)
         write_images(tmp_path / "more" / "val" / "unicorn", 1)
     if "PRETRAINED" in arguments:
-        torch.save(dict(model=ARM(48, 8, 2, **MODELS["arm_tiny"], decoder_dim=128).state_dict()), places["PRETRAINED"])
+        model = ARM(48, 8, 2, **MODELS["arm_tiny"], decoder_dim=128)
+        torch.save(dict(model=model.state_dict(), args=dict(model="arm_tiny", image_size=48, patch_size=8)),
+                   places["PRETRAINED"])
     arguments = [places.get(a, a) for a in arguments]
     arguments += ["--drawings", 64]
     if "--out" not in arguments:
@@ -445,6 +448,7 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, ar
     code, output = script(name, *arguments)
     assert code == 2 and sentence in output and "Traceback" not in output, output
     assert not (tmp_path / "out" / "last.pth").exists()
+    assert "do not tile" not in sentence or not (tmp_path / "out").exists()
 
 
 def test_two_processes_say_what_is_wrong_once(tmp_path):
