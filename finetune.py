@@ -392,8 +392,8 @@ def main():
 
     progress.bar.close()
     if first:
-        print(f"Done: the best top-1 accuracy, of the weights or their average, was {best:.2f}%, in {args.out}/best.pth;"
-              f" the last weights are in {args.out}/last.pth, every epoch's results in {args.out}/log.jsonl.")
+        print(f"Done: the best top-1 accuracy, of the weights or their average, was {best:.2f}%: {args.out}/best.pth;"
+              f" the last weights in {args.out}/last.pth, every epoch's results in {args.out}/log.jsonl.")
 
 
 def evaluate_checkpoint(args, model, val_set, device):
