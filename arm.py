@@ -682,9 +682,10 @@ def load_weights(model, path_or_url, ema=False):
     found = {rename_released(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
     if not any(k.startswith(ENCODER) for k in found):
         raise ValueError(f"{path_or_url} holds no weights of an ARM model")
-    misfit, made = f"{path_or_url} does not fit this model", checkpoint.get("args")
-    if isinstance(made, dict):  # ours
-        misfit += f", made with {' '.join(f'--{name} {made[name]}' for name in ('model', 'image_size', 'patch_size'))}"
+    made, sizes = checkpoint.get("args"), ("model", "image_size", "patch_size")
+    ours = isinstance(made, dict) and all(name in made for name in sizes)
+    how = f", made with {' '.join(f'--{name} {made[name]}' for name in sizes)}," if ours else ""
+    misfit = f"{path_or_url}{how} does not fit this model"
 
     own = model.state_dict()
     classifier = isinstance(model, ARMClassifier)
@@ -729,14 +730,13 @@ def load_weights(model, path_or_url, ema=False):
 #
 # A block's states are a tile of four axes: (states in a thread, threads along the states, threads along the channels,
 # channels in a thread). As CHUNK threads share the states of a channel, each would compute what the channel has one of:
-# delta, the gate. So these are computed for a group of KEEP tokens at once, each by one thread, and pass to the threads
-# through a small memory. What the threads add up, they add for CHUNK tokens at once, after which each has its share of
-# these tokens' results (`fold`).
-#
-# What bounds these kernels is, in turn, the number of instructions, the exponentials and the traffic to the L2 cache.
+# delta, the gate. So these are computed for a group of KEEP tokens at once, each by one thread, and pass to the others
+# through `exchange`, a small piece of global memory that each program has to itself: (3, KEEP, BLOCK), for delta, delta
+# x, and y on the forward or its gradient on the backward walk. What threads add up, they add for CHUNK tokens at once,
+# after which each has its share of these tokens' results (`fold`).
 
 CHUNK = tl.constexpr(4)  # tokens, as many as registers have room for the states of; and threads to a channel
-KEEP = tl.constexpr(2 * 4)  # tokens of a group, two chunks
+KEEP = tl.constexpr(8)  # tokens of a group, two chunks; `fold` and the walks rely on both numbers
 LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
 
 
@@ -769,6 +769,7 @@ def fold(a, b, BIT: tl.constexpr):
     upper = tl.reshape((tl.arange(0, 32) >> BIT) % 2 == 1, [1, 2, 2, 2, 2, 2, 1])
     a, b = tl.reshape(a, shape), tl.reshape(b, shape)
     given = tl.where(upper, a, b).to(tl.int32, bitcast=True)
+    # Triton passes values between threads in reductions: what both give, xor, and xor what one gives, is the other's.
     received = (given ^ tl.xor_sum(given, 5 - BIT, keep_dims=True)).to(tl.float32, bitcast=True)
     return tl.reshape(tl.where(upper, b, a) + received, [a.shape[0], 4, 8, a.shape[6]])
 
@@ -790,24 +791,24 @@ def softplus(x):
 
 
 @triton.jit
-def share_steps(shared, t, real, x, dt, bias, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Compute delta and delta x of a group's tokens t in a block of channels, (KEEP, BLOCK), into `shared`. Both are 0
+def exchange_steps(exchange, t, real, x, dt, bias, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Put delta and delta x of a group's tokens t in a block of channels, (KEEP, BLOCK), into `exchange`. Both are 0
     past the end, which leaves the states as they are.
     """
     raw = tl.load(dt + t * DIM, real, 0.0).to(tl.float32) + bias
     delta = tl.where(real, softplus(raw), 0.0)
-    tl.store(shared, delta)
-    tl.store(shared + KEEP * BLOCK, delta * tl.load(x + t * DIM, real, 0.0).to(tl.float32))
+    tl.store(exchange, delta)
+    tl.store(exchange + KEEP * BLOCK, delta * tl.load(x + t * DIM, real, 0.0).to(tl.float32))
 
 
 @triton.jit
-def next_state(h, t, B, A_2, shared, N: tl.constexpr, BLOCK: tl.constexpr):
-    """The state after token t, whose delta and delta x lie at `shared`, given the one before it."""
-    return tl.exp2(tl.load(shared) * A_2) * h + tl.load(shared + KEEP * BLOCK) * tl.load(B + t * N)
+def next_state(h, t, B, A_2, exchange, N: tl.constexpr, BLOCK: tl.constexpr):
+    """The state after token t, whose delta and delta x lie at `exchange`, given the one before it."""
+    return tl.exp2(tl.load(exchange) * A_2) * h + tl.load(exchange + KEEP * BLOCK) * tl.load(B + t * N)
 
 
 @triton.jit
-def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept, shared, batch, length,
+def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept, exchange, batch, length,
                         z_row: tl.constexpr, SAVE: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr,
                         DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """From the first token to the last. What the backward walk needs is stored where SAVE says so: kept, and ungated
@@ -815,43 +816,44 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     """
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d, n_thread, _ = state_tile(block, N, BLOCK)
-    i, c = tl.arange(0, KEEP)[:, None], block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E
+    i, c = tl.arange(0, KEEP)[:, None], block * BLOCK + tl.arange(0, BLOCK)[None, :]  # tokens; the same channels
+    A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E  # for an exponential of base 2
     D_ = tl.load(D + direction * DIM + c, c < DIM, 0.0)
     bias = tl.load(dt_bias + direction * DIM + c, c < DIM, 0.0)
 
-    x += sequence * length * DIM + c
-    dt += sequence * length * DIM + c
+    start = sequence * length * DIM + c
+    x += start
+    dt += start
+    out += start
+    ungated += start
     B += sequence * length * N + n
     C += sequence * length * N + n
-    out += sequence * length * DIM + c
-    ungated += sequence * length * DIM + c
     z += image * length * z_row + c
     order += direction * length
     kept += sequence * tl.cdiv(length, KEEP) * DIM * N + d * N + n
-    shared += tl.program_id(0).to(tl.int64) * (3 * KEEP * BLOCK) - block * BLOCK
+    exchange += tl.program_id(0).to(tl.int64) * (3 * KEEP * BLOCK) - block * BLOCK
     h = tl.zeros_like(A_2)
     for group in range(0, length, KEEP):
         t = group + i
         real = (t < length) & (c < DIM)
-        share_steps(shared + i * BLOCK + c, t, real, x, dt, bias, DIM, BLOCK)
-        tl.debug_barrier()
+        exchange_steps(exchange + i * BLOCK + c, t, real, x, dt, bias, DIM, BLOCK)
+        tl.debug_barrier()  # what one thread has stored another may load now
         if SAVE:
             tl.store(kept, h, d < DIM)
             kept += DIM * N
         for chunk in range(0, KEEP, CHUNK):
             for j in tl.static_range(CHUNK):
                 t_j = tl.minimum(group + chunk + j, length - 1)
-                h = next_state(h, t_j, B, A_2, shared + (chunk + j) * BLOCK + d, N, BLOCK)
+                h = next_state(h, t_j, B, A_2, exchange + (chunk + j) * BLOCK + d, N, BLOCK)
                 y_j = tl.sum(h * tl.load(C + t_j * N), 0, keep_dims=True)
                 if j % 2 == 0:
                     even = y_j
                 elif j == 1:
                     pair = fold(even, y_j, 3)
                 else:  # now a thread has the sum for one of the chunk's tokens
-                    tl.store(shared + (2 * KEEP + chunk + n_thread) * BLOCK + d, fold(pair, fold(even, y_j, 3), 4))
+                    tl.store(exchange + (2 * KEEP + chunk + n_thread) * BLOCK + d, fold(pair, fold(even, y_j, 3), 4))
         tl.debug_barrier()
-        y = tl.load(shared + (2 * KEEP + i) * BLOCK + c) + D_ * tl.load(x + t * DIM, real, 0.0).to(tl.float32)
+        y = tl.load(exchange + (2 * KEEP + i) * BLOCK + c) + D_ * tl.load(x + t * DIM, real, 0.0).to(tl.float32)
         place = tl.load(order + t, t < length, 0) if ORDERED else t
         if GATED:
             if SAVE:
@@ -862,27 +864,27 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
 
 
 @triton.jit
-def share_gradient(shared, t, real, place, dout, z, ungated, dz, z_row: tl.constexpr, DIRECTIONS: tl.constexpr,
+def exchange_gradient(exchange, t, real, place, dout, z, ungated, dz, z_row: tl.constexpr, DIRECTIONS: tl.constexpr,
                    GATED: tl.constexpr, DIM: tl.constexpr):
-    """Compute the gradient of what a group's scan gave, before the gate, into `shared`; and, in passing, that of z."""
+    """Put the gradient of what a group's scan gave, before the gate, into `exchange`; and, in passing, that of z."""
     dy = tl.load(dout + place * DIM, real, 0.0).to(tl.float32) * (1 / DIRECTIONS)
     if GATED:
         z_t = tl.load(z + place * z_row, real, 0.0).to(tl.float32)
         s = sigmoid(z_t)
         tl.store(dz + place * DIM, dy * tl.load(ungated + place * DIM, real, 0.0) * s * (1 + z_t * (1 - s)), real)
         dy *= z_t * s
-    tl.store(shared, dy)
+    tl.store(exchange, dy)
 
 
 @triton.jit
-def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, shared, dx, ddt, dbias, dA, dB, dC,
-                         dD, dz, batch, length, z_row: tl.constexpr, DIRECTIONS: tl.constexpr, GATED: tl.constexpr,
+def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, exchange, dx, ddt, dbias, dA, dB,
+                         dC, dD, dz, batch, length, z_row: tl.constexpr, DIRECTIONS: tl.constexpr, GATED: tl.constexpr,
                          ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """From the last token to the first: the gradient g of the state obeys the same recurrence backwards."""
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d, n_thread, d_thread = state_tile(block, N, BLOCK)
-    i, c = tl.arange(0, KEEP)[:, None], block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E
+    i, c = tl.arange(0, KEEP)[:, None], block * BLOCK + tl.arange(0, BLOCK)[None, :]  # tokens; the same channels
+    A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E  # for an exponential of base 2
     D_ = tl.load(D + direction * DIM + d, d < DIM, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, d < DIM, 0.0)
     bias_i = tl.load(dt_bias + direction * DIM + c, c < DIM, 0.0)
@@ -900,22 +902,22 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     z += image * length * z_row + c
     order += direction * length
     kept += (sequence + 1) * tl.cdiv(length, KEEP) * DIM * N + d * N + n
-    shared += tl.program_id(0).to(tl.int64) * (3 * KEEP * BLOCK) - block * BLOCK
+    exchange += tl.program_id(0).to(tl.int64) * (3 * KEEP * BLOCK) - block * BLOCK
     g, sum_dA = tl.zeros_like(A_2), tl.zeros_like(A_2)  # g is the gradient of the state, 0 past the end
     sum_dD, sum_dbias = tl.zeros_like(D_), tl.zeros_like(D_)
     for group in range((length - 1) // KEEP * KEEP, -1, -KEEP):
         t_i = group + i
         real_i = (t_i < length) & (c < DIM)
         place = tl.load(order + t_i, t_i < length, 0) if ORDERED else t_i
-        tl.debug_barrier()  # what is shared of the group before has been read
-        share_steps(shared + i * BLOCK + c, t_i, real_i, x + c, dt + c, bias_i, DIM, BLOCK)
-        share_gradient(shared + (2 * KEEP + i) * BLOCK + c, t_i, real_i, place, dout, z, ungated, dz, z_row,
+        tl.debug_barrier()  # what was exchanged of the group before has been read
+        exchange_steps(exchange + i * BLOCK + c, t_i, real_i, x + c, dt + c, bias_i, DIM, BLOCK)
+        exchange_gradient(exchange + (2 * KEEP + i) * BLOCK + c, t_i, real_i, place, dout, z, ungated, dz, z_row,
                        DIRECTIONS, GATED, DIM)
         tl.debug_barrier()
         kept -= DIM * N
         h = tl.load(kept, d < DIM, 0.0)
         for j in tl.static_range(CHUNK):
-            h = next_state(h, tl.minimum(group + j, length - 1), B, A_2, shared + j * BLOCK + d, N, BLOCK)
+            h = next_state(h, tl.minimum(group + j, length - 1), B, A_2, exchange + j * BLOCK + d, N, BLOCK)
         for chunk in range(CHUNK, -1, -CHUNK):
             if chunk == 0:
                 h = tl.load(kept, d < DIM, 0.0)
@@ -923,14 +925,14 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
             for j in tl.static_range(CHUNK):
                 states = states + (h,)
                 t_j = tl.minimum(group + chunk + j, length - 1)
-                h = next_state(h, t_j, B, A_2, shared + (chunk + j) * BLOCK + d, N, BLOCK)
+                h = next_state(h, t_j, B, A_2, exchange + (chunk + j) * BLOCK + d, N, BLOCK)
             tl.debug_barrier()  # or the compiler would keep what was loaded in registers, of which there are too few
             t = group + chunk + n_thread  # the token of which a thread will have the sums
             real = (t < length) & (d < DIM)
             x_t, raw = tl.load(x + t * DIM + d, real, 0.0), tl.load(dt + t * DIM + d, real, 0.0)
             for j in tl.static_range(CHUNK - 1, -1, -1):
                 t_j = tl.minimum(group + chunk + j, length - 1)
-                step = shared + (chunk + j) * BLOCK + d
+                step = exchange + (chunk + j) * BLOCK + d
                 delta, dy = tl.load(step), tl.load(step + 2 * KEEP * BLOCK)
                 B_j = tl.load(B + t_j * N)
                 g += dy * tl.load(C + t_j * N)
@@ -950,7 +952,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
             t_B = group + chunk + d_thread // 2
             tl.store(dB_dC + t_B * N, fold(pair[0], last[0], 2), t_B < length)
             ddx, ddelta = fold(pair[1], last[1], 4), fold(pair[2], last[2], 4) * (1 / LOG2E)
-            step = shared + (chunk + n_thread) * BLOCK + d
+            step = exchange + (chunk + n_thread) * BLOCK + d
             delta, dy = tl.load(step), tl.load(step + 2 * KEEP * BLOCK)
             x_t = x_t.to(tl.float32)
             ddt_t = (ddelta + x_t * ddx) * sigmoid(raw.to(tl.float32) + bias)
@@ -966,8 +968,8 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
 @triton.jit
 def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.constexpr, ORDERED: tl.constexpr,
                         DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One warp walks the tokens of one sequence in one direction, with the last WIDTH of them in a window. The tokens
-    of a chunk are loaded at once, since the GPU would wait for a load at each store before it.
+    """One warp walks the tokens of one sequence in one direction, with the last WIDTH of them in a window. A chunk's
+    tokens are loaded before its results are stored: the compiler moves no load past a store that might change it.
     """
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     d = block * BLOCK + tl.arange(0, BLOCK)
@@ -1059,19 +1061,27 @@ def float32(*tensors):
     return [t.float().contiguous() for t in tensors]
 
 
-def launch(kernel, blocks, sequences, x, *arguments, orders, **options):
+def launch(kernel, block, sequences, x, *arguments, orders, **options):
     """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence."""
     order = x if orders is None else orders.contiguous()  # without orders not read
+    programs, dim = sequences * triton.cdiv(x.shape[-1], block), x.shape[-1]
     with torch.cuda.device_of(x):
-        kernel[(blocks * sequences,)](x, *arguments, order=order, ORDERED=orders is not None, num_warps=1, **options)
+        kernel[(programs,)](x, *arguments, order=order, ORDERED=orders is not None, DIM=dim, BLOCK=block, num_warps=1,
+                            **options)
 
 
 def saved_by_scan(x, N, save):
-    """Memory for what the backward walk needs: the result before the gate, and the states."""
+    """Memory for what the backward walk needs, the result before the gate and the states; empty if it needs none."""
     directions, batch, length, dim = x.shape
     ungated = x.shape if save and directions == 1 else 0
     kept = (directions, batch, triton.cdiv(length, KEEP.value), dim, N) if save else 0
     return x.new_empty(ungated), x.new_empty(kept, dtype=torch.float32)
+
+
+def exchange_memory(x, block):
+    """Memory for each program of a scan."""
+    programs = math.prod(x.shape[:2]) * triton.cdiv(x.shape[-1], block)
+    return x.new_empty(programs, 3, KEEP.value, block, dtype=torch.float32)
 
 
 @torch.library.custom_op("arm::scan", mutates_args=())
@@ -1080,15 +1090,13 @@ def scan_op(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Ten
     """Returns what selective_scan does, gated only where there is one direction; for the backward pass, if `save`, the
     result before the gate, if any, and the states before every KEEP-th token.
     """
-    (directions, batch, length, dim), N = x.shape, A.shape[-1]
-    gated = directions == 1
+    (directions, batch, length, _), N = x.shape, A.shape[-1]
+    gated, block = directions == 1, 32
     (x, dt), (z, z_row) = (x.contiguous(), dt.contiguous()), evenly_spaced(z)
-    out, blocks = torch.empty_like(x), triton.cdiv(dim, 32)
-    ungated, kept = saved_by_scan(x, N, save)
-    shared = x.new_empty(directions, batch, blocks, 3 * KEEP.value * 32, dtype=torch.float32)
-    launch(scan_forward_kernel, blocks, directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z, out=out,
-           ungated=ungated, kept=kept, shared=shared, batch=batch, length=length, z_row=z_row, SAVE=save, GATED=gated,
-           DIM=dim, N=N, BLOCK=32, orders=orders)
+    out, (ungated, kept) = torch.empty_like(x), saved_by_scan(x, N, save)
+    launch(scan_forward_kernel, block, directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z, out=out,
+           ungated=ungated, kept=kept, exchange=exchange_memory(x, block), batch=batch, length=length, z_row=z_row,
+           SAVE=save, GATED=gated, N=N, orders=orders)
     return out.squeeze(0) if gated else out.mean(dim=0), ungated, kept
 
 
@@ -1102,18 +1110,16 @@ def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Te
                      z: Tensor, orders: Optional[Tensor], ungated: Tensor, kept: Tensor) -> list[Tensor]:
     """The gradients of x, dt, dt_bias, A, B, C, D and, where it was gated, z."""
     (directions, batch, length, dim), N = x.shape, A.shape[-1]
-    gated = directions == 1
+    gated, block = directions == 1, 16
     (dout, x, dt), (z, z_row) = (t.contiguous() for t in (dout, x, dt)), evenly_spaced(z)
     dx, ddt, dz = torch.empty_like(x), torch.empty_like(dt), z.new_empty(z.shape if gated else 0)
-    blocks = triton.cdiv(dim, 16)
     dbias, dD = x.new_empty(2, directions, batch, dim, dtype=torch.float32)
     dA = x.new_empty(directions, batch, dim, N, dtype=torch.float32)
-    dB, dC = x.new_empty(2, directions, batch, blocks, length, N, dtype=torch.float32)
-    shared = x.new_empty(directions, batch, blocks, 3 * KEEP.value * 16, dtype=torch.float32)
-    launch(scan_backward_kernel, blocks, directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z, ungated=ungated,
-           kept=kept, dout=dout, shared=shared, dx=dx, ddt=ddt, dbias=dbias, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz,
-           batch=batch, length=length, z_row=z_row, DIRECTIONS=directions, GATED=gated, DIM=dim, N=N, BLOCK=16,
-           maxnreg=128, orders=orders)
+    dB, dC = x.new_empty(2, directions, batch, triton.cdiv(dim, block), length, N, dtype=torch.float32)
+    launch(scan_backward_kernel, block, directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z, ungated=ungated,
+           kept=kept, dout=dout, exchange=exchange_memory(x, block), dx=dx, ddt=ddt, dbias=dbias, dA=dA, dB=dB, dC=dC,
+           dD=dD, dz=dz, batch=batch, length=length, z_row=z_row, DIRECTIONS=directions, GATED=gated, N=N, maxnreg=128,
+           orders=orders)
     return [dx, ddt, dbias.sum(1).to(dt_bias.dtype), dA.sum(1).to(A.dtype), dB.sum(2).to(B.dtype),
             dC.sum(2).to(C.dtype), dD.sum(1).to(D.dtype), dz]
 
@@ -1138,7 +1144,9 @@ scan_op.register_autograd(scan_backward, setup_context=save_for_scan_backward)
 
 
 def triton_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
-    """`selective_scan` by the Triton kernels above. Their block sizes are the fastest of those tried on an H200."""
+    """`selective_scan` by the Triton kernels above, in float32. Their block sizes are the fastest of those tried on an
+    H200.
+    """
     y = scan_op(x, dt, dt_bias, A, B, C, D, z, orders, torch.is_grad_enabled())[0]
     return y if len(x) == 1 else y * F.silu(z)
 
@@ -1149,8 +1157,8 @@ def conv_op(x: Tensor, weight: Tensor, bias: Tensor, orders: Optional[Tensor]) -
     batch, length, _ = x.shape
     x, x_row = evenly_spaced(x)
     out = x.new_empty(directions, batch, length, dim)
-    launch(conv_forward_kernel, triton.cdiv(dim, 128), directions * batch, x, *float32(weight, bias), out=out,
-           batch=batch, length=length, x_row=x_row, DIM=dim, WIDTH=width, BLOCK=128, orders=orders)
+    launch(conv_forward_kernel, 128, directions * batch, x, *float32(weight, bias), out=out, batch=batch,
+           length=length, x_row=x_row, WIDTH=width, orders=orders)
     return out
 
 
@@ -1167,9 +1175,8 @@ def conv_backward_op(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, orde
     dx = torch.empty_like(dout)
     dweight = x.new_empty(directions, batch, dim, width, dtype=torch.float32)
     dbias = x.new_empty(directions, batch, dim, dtype=torch.float32)
-    launch(conv_backward_kernel, triton.cdiv(dim, 128), directions * batch, x, *float32(weight, bias), dout=dout, dx=dx,
-           dweight=dweight, dbias=dbias, batch=batch, length=length, x_row=x_row, DIM=dim, WIDTH=width, BLOCK=128,
-           orders=orders)
+    launch(conv_backward_kernel, 128, directions * batch, x, *float32(weight, bias), dout=dout, dx=dx, dweight=dweight,
+           dbias=dbias, batch=batch, length=length, x_row=x_row, WIDTH=width, orders=orders)
     dx = dx.squeeze(0) if directions == 1 else dx.sum(dim=0)
     return [dx, dweight.sum(1).to(weight.dtype), dbias.sum(1).to(bias.dtype)]
 

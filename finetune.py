@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
 from arm import MODELS, ARMClassifier, load_weights, read_checkpoint
-from pretrain import (MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments, bad_input,
-                      check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std, move,
-                      normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run, save_checkpoint,
-                      seed_of, start_processes, tqdm)
+from pretrain import (EPILOG, MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments,
+                      bad_input, check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std,
+                      move, normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run,
+                      save_checkpoint, seed_of, start_processes)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -238,7 +239,7 @@ def find_images(folder, evaluate_only):
 
 
 def get_args():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EPILOG)
     parser.add_argument("--data", metavar="DIR", help="train/CLASS/* and val/CLASS/*. Without it, the demonstration")
     parser.add_argument("--init", metavar="CKPT", help="pretrained weights, a file or URL. Without it, or "
                         "with none, from scratch; the demonstration looks for its own pretraining first")
@@ -304,8 +305,6 @@ def main():
     with bad_input():
         model = ARMClassifier(args.image_size, args.patch_size, **MODELS[args.model], num_classes=len(classes),
                               drop_path=args.drop_path, pool=args.pool)
-        if not args.eval:
-            from_first_process(lambda: check_run(args, len(train)))
     prepare(model, args)
     if args.eval:
         return evaluate_checkpoint(args, model.to(device), val_set, device)
@@ -316,6 +315,7 @@ def main():
         checkpoint = resume_checkpoint(args, model, len(train))
         if args.init != "none" and not checkpoint:
             from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
+        from_first_process(lambda: check_run(args, len(train)))
     ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)

@@ -48,6 +48,7 @@ RECIPES = {  # where the paper's recipe differs between models
 }
 MAY_CHANGE = ("data", "out", "resume", "eval", "workers", "device", "accum_steps", "checkpoint_minutes", "compile",
               "activation_checkpointing")  # on resuming
+EPILOG = "These defaults are arm_base's; the demonstration and other models have some of their own."
 DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=8, warmup_epochs=1,
                      batch_size=64, blr=8e-3, workers=0, compile=0, drawings=3200,
                      out="runs/demo_pretrain")
@@ -80,10 +81,10 @@ def bad_input():
 class Parser(argparse.ArgumentParser):
     """argparse, with defaults in its help and errors of one sentence."""
 
-    def add_argument(self, *names, help, default=None, **options):
-        if default not in (None, argparse.SUPPRESS):
+    def add_argument(self, *names, help, **options):
+        if options.get("default") not in (None, argparse.SUPPRESS):
             help += " (default: %(default)s)"
-        return super().add_argument(*names, help=help, default=default, **options)
+        return super().add_argument(*names, help=help, **options)
 
     def error(self, message):
         raise Stop(f"{message[0].upper()}{message[1:]}. Run python {self.prog} --help for what there is.", code=2)
@@ -633,7 +634,8 @@ def add_common_arguments(parser, batch_size):
     parser.add_argument("--batch_size", type=int, default=batch_size, help="of all processes together")
     parser.add_argument("--accum_steps", type=int, default=1, help="split each batch in time, to save memory")
     parser.add_argument("--weight_decay", type=float, default=0.05, help="of matrices")
-    parser.add_argument("--workers", type=int, help="loader processes for each training process (default: the cores)")
+    parser.add_argument("--workers", type=int, help="loader processes for each training process (default: its share of "
+                        "the cores, at most 16)")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices")
     parser.add_argument("--drawings", type=int, help="images of the demonstration")
     parser.add_argument("--compile", type=int, choices=[0, 1], help="torch.compile (default: on GPUs, with our scan)")
@@ -688,7 +690,7 @@ def check_run(args, images):
 
 
 def get_args():
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], epilog=EPILOG)
     parser.add_argument("--data", metavar="DIR", help="images: train/CLASS/*, CLASS/* or just images; labels are not "
                         "used. Without it, a demonstration on drawn images")
     parser.add_argument("--out", metavar="DIR", default="runs/pretrain", help="where the run goes")
@@ -744,8 +746,8 @@ def main():
     with bad_input():
         size = MODELS[args.model]
         arm = ARM(args.image_size, args.patch_size, args.cluster_size, **size, decoder_dim=min(512, size["dim"]))
-        from_first_process(lambda: check_run(args, len(source)))
         checkpoint = resume_checkpoint(args, arm, len(source))
+        from_first_process(lambda: check_run(args, len(source)))
     prepare(arm, args)
     model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
     decayed = [p for p in arm.parameters() if p.ndim > 1]
@@ -800,7 +802,7 @@ def main():
             command += f" --data {args.data} --model {args.model}"
             if args.patch_size != 16:
                 command += f" --image_size {args.image_size} --patch_size {args.patch_size}"
-            if args.batch_size < 1024:
+            if args.batch_size < 1024:  # finetuning's
                 command += f" --batch_size {args.batch_size}"
         print(f"Done: weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png.\n"
               f"Next, finetune: {command}")
