@@ -769,7 +769,7 @@ def fold(a, b, BIT: tl.constexpr):
     upper = tl.reshape((tl.arange(0, 32) >> BIT) % 2 == 1, [1, 2, 2, 2, 2, 2, 1])
     a, b = tl.reshape(a, shape), tl.reshape(b, shape)
     given = tl.where(upper, a, b).to(tl.int32, bitcast=True)
-    # Triton passes values between threads in reductions: what both give, xor, and xor what one gives, is the other's.
+    # Triton passes values between threads in reductions: the xor of what both give, xor one's own, is the other's.
     received = (given ^ tl.xor_sum(given, 5 - BIT, keep_dims=True)).to(tl.float32, bitcast=True)
     return tl.reshape(tl.where(upper, b, a) + received, [a.shape[0], 4, 8, a.shape[6]])
 
