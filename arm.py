@@ -864,8 +864,8 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
 
 
 @triton.jit
-def exchange_gradient(exchange, t, real, place, dout, z, ungated, dz, z_row: tl.constexpr, DIRECTIONS: tl.constexpr,
-                   GATED: tl.constexpr, DIM: tl.constexpr):
+def exchange_gradient(exchange, real, place, dout, z, ungated, dz, z_row: tl.constexpr, DIRECTIONS: tl.constexpr,
+                      GATED: tl.constexpr, DIM: tl.constexpr):
     """Put the gradient of what a group's scan gave, before the gate, into `exchange`; and, in passing, that of z."""
     dy = tl.load(dout + place * DIM, real, 0.0).to(tl.float32) * (1 / DIRECTIONS)
     if GATED:
@@ -911,8 +911,8 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
         place = tl.load(order + t_i, t_i < length, 0) if ORDERED else t_i
         tl.debug_barrier()  # what was exchanged of the group before has been read
         exchange_steps(exchange + i * BLOCK + c, t_i, real_i, x + c, dt + c, bias_i, DIM, BLOCK)
-        exchange_gradient(exchange + (2 * KEEP + i) * BLOCK + c, t_i, real_i, place, dout, z, ungated, dz, z_row,
-                       DIRECTIONS, GATED, DIM)
+        exchange_gradient(exchange + (2 * KEEP + i) * BLOCK + c, real_i, place, dout, z, ungated, dz, z_row, DIRECTIONS,
+                          GATED, DIM)
         tl.debug_barrier()
         kept -= DIM * N
         h = tl.load(kept, d < DIM, 0.0)
@@ -974,7 +974,7 @@ def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.co
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     d = block * BLOCK + tl.arange(0, BLOCK)
     inside = d < DIM
-    end = tl.where(inside, length, 0)
+    end = tl.where(inside, length, 0)  # a channel that is not there has no tokens
     b = tl.load(bias + direction * DIM + d, inside, 0.0)
     taps, window = (), ()  # the oldest first
     for k in tl.static_range(WIDTH):
@@ -1004,7 +1004,7 @@ def conv_backward_kernel(x, weight, bias, order, dout, dx, dweight, dbias, batch
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     d = block * BLOCK + tl.arange(0, BLOCK)
     inside = d < DIM
-    begin = tl.where(inside, 0, length)
+    begin = tl.where(inside, 0, length)  # a channel that is not there has no tokens
     b = tl.load(bias + direction * DIM + d, inside, 0.0)
     x += image * length * x_row + d
     dout += sequence * length * DIM + d
@@ -1064,10 +1064,10 @@ def float32(*tensors):
 def launch(kernel, block, sequences, x, *arguments, orders, **options):
     """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence."""
     order = x if orders is None else orders.contiguous()  # without orders not read
-    programs, dim = sequences * triton.cdiv(x.shape[-1], block), x.shape[-1]
+    dim = x.shape[-1]
     with torch.cuda.device_of(x):
-        kernel[(programs,)](x, *arguments, order=order, ORDERED=orders is not None, DIM=dim, BLOCK=block, num_warps=1,
-                            **options)
+        kernel[(sequences * triton.cdiv(dim, block),)](x, *arguments, order=order, ORDERED=orders is not None, DIM=dim,
+                                                       BLOCK=block, num_warps=1, **options)
 
 
 def saved_by_scan(x, N, save):
