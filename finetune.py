@@ -22,10 +22,10 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 from arm import MODELS, ARMClassifier, load_weights, read_checkpoint
-from pretrain import (EPILOG, MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments,
-                      bad_input, check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std,
-                      move, normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run,
-                      save_checkpoint, seed_of, start_processes)
+from pretrain import (MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments, bad_input,
+                      check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std, move,
+                      normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run, save_checkpoint,
+                      seed_of, start_processes)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -239,19 +239,13 @@ def find_images(folder, evaluate_only):
 
 
 def get_args():
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=EPILOG)
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", metavar="DIR", help="train/CLASS/* and val/CLASS/*. Without it, the demonstration")
     parser.add_argument("--init", metavar="CKPT", help="pretrained weights, a file or URL. Without it, or "
                         "with none, from scratch; the demonstration looks for its own pretraining first")
     parser.add_argument("--eval", metavar="CKPT", help="evaluate these weights, a file or URL, on val/ and stop")
-    parser.add_argument("--out", metavar="DIR", default="runs/finetune", help="where the run goes")
-    parser.add_argument("--model", choices=MODELS, default="arm_base", help="size")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels")
-    parser.add_argument("--patch_size", type=int, default=16, help="pixels")
+    add_common_arguments(parser, out="runs/finetune", image_size=224, epochs=100, blr=5e-4, batch_size=1024)
     parser.add_argument("--pool", choices=["mean", "cls"], default="mean", help="what the classifier reads")
-    parser.add_argument("--epochs", type=int, default=100, help="passes over the images")
-    parser.add_argument("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
-    parser.add_argument("--blr", type=float, default=5e-4, help="peak learning rate for a batch of 256")
     parser.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end")
     parser.add_argument("--layer_decay", type=float, default=0.65, help="of the learning rate, from layer to layer")
     parser.add_argument("--drop_path", type=float, default=0.1, help="rate that stochastic depth rises to")
@@ -262,7 +256,6 @@ def get_args():
     parser.add_argument("--crop_scale", type=float, default=0.08, help="smallest share of an image that a crop shows")
     parser.add_argument("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     parser.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
-    add_common_arguments(parser, batch_size=1024)
     args = parse_args(parser, DEMONSTRATION, RECIPES)
     with bad_input():
         for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
@@ -309,13 +302,13 @@ def main():
     if args.eval:
         return evaluate_checkpoint(args, model.to(device), val_set, device)
     with bad_input():
+        from_first_process(lambda: check_run(args, len(train)))
         if demonstration and args.init is None and os.path.exists("runs/demo_pretrain/last.pth"):
             args.init = "runs/demo_pretrain/last.pth"
         args.init = args.init or "none"
         checkpoint = resume_checkpoint(args, model, len(train))
         if args.init != "none" and not checkpoint:
             from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
-        from_first_process(lambda: check_run(args, len(train)))
     ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)

@@ -48,7 +48,6 @@ RECIPES = {  # where the paper's recipe differs between models
 }
 MAY_CHANGE = ("data", "out", "resume", "eval", "workers", "device", "accum_steps", "checkpoint_minutes", "compile",
               "activation_checkpointing")  # on resuming
-EPILOG = "These defaults are arm_base's; the demonstration and other models have some of their own."
 DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=8, warmup_epochs=1,
                      batch_size=64, blr=8e-3, workers=0, compile=0, drawings=3200,
                      out="runs/demo_pretrain")
@@ -80,6 +79,10 @@ def bad_input():
 
 class Parser(argparse.ArgumentParser):
     """argparse, with defaults in its help and errors of one sentence."""
+
+    def __init__(self, description):
+        super().__init__(description=description, epilog="These defaults are arm_base's; the demonstration and other "
+                                                         "models have some of their own.")
 
     def add_argument(self, *names, help, **options):
         if options.get("default") not in (None, argparse.SUPPRESS):
@@ -629,8 +632,15 @@ def open_log(path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def add_common_arguments(parser, batch_size):
-    """The flags that pretraining and finetuning share."""
+def add_common_arguments(parser, out, image_size, epochs, blr, batch_size):
+    """The flags that pretraining and finetuning share, with the defaults in which they differ."""
+    parser.add_argument("--out", metavar="DIR", default=out, help="where the run goes")
+    parser.add_argument("--model", choices=MODELS, default="arm_base", help="size")
+    parser.add_argument("--image_size", type=int, default=image_size, help="pixels")
+    parser.add_argument("--patch_size", type=int, default=16, help="pixels")
+    parser.add_argument("--epochs", type=int, default=epochs, help="passes over the images")
+    parser.add_argument("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
+    parser.add_argument("--blr", type=float, default=blr, help="peak learning rate for a batch of 256")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="of all processes together")
     parser.add_argument("--accum_steps", type=int, default=1, help="split each batch in time, to save memory")
     parser.add_argument("--weight_decay", type=float, default=0.05, help="of matrices")
@@ -690,19 +700,12 @@ def check_run(args, images):
 
 
 def get_args():
-    parser = Parser(description=__doc__.split("\n")[0], epilog=EPILOG)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", metavar="DIR", help="images: train/CLASS/*, CLASS/* or just images; labels are not "
                         "used. Without it, a demonstration on drawn images")
-    parser.add_argument("--out", metavar="DIR", default="runs/pretrain", help="where the run goes")
-    parser.add_argument("--model", choices=MODELS, default="arm_base", help="size")
-    parser.add_argument("--image_size", type=int, default=192, help="pixels")
-    parser.add_argument("--patch_size", type=int, default=16, help="pixels")
+    add_common_arguments(parser, out="runs/pretrain", image_size=192, epochs=1600, blr=1.5e-4, batch_size=2048)
     parser.add_argument("--cluster_size", type=int, default=4, help="patches along a cluster side")
-    parser.add_argument("--epochs", type=int, default=1600, help="passes over the images")
-    parser.add_argument("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
-    parser.add_argument("--blr", type=float, default=1.5e-4, help="peak learning rate for a batch of 256")
     parser.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm")
-    add_common_arguments(parser, batch_size=2048)
     args = parse_args(parser, DEMONSTRATION, RECIPES)
     with bad_input():
         if not args.clip_grad > 0:
@@ -746,8 +749,8 @@ def main():
     with bad_input():
         size = MODELS[args.model]
         arm = ARM(args.image_size, args.patch_size, args.cluster_size, **size, decoder_dim=min(512, size["dim"]))
-        checkpoint = resume_checkpoint(args, arm, len(source))
         from_first_process(lambda: check_run(args, len(source)))
+        checkpoint = resume_checkpoint(args, arm, len(source))
     prepare(arm, args)
     model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
     decayed = [p for p in arm.parameters() if p.ndim > 1]
