@@ -86,6 +86,8 @@ class RandAugment(v2.RandAugment):
         """One operation on a PIL image, by its name in the table."""
         if name == "SolarizeAdd":
             return pil.point([min(255, i + magnitude) if i < 128 else i for i in range(256)] * 3)
+        if name == "Posterize":  # down to 0 bits, which is black and which PIL's own refuses from Pillow 13 on
+            return pil.point([i & ~(255 >> magnitude) for i in range(256)] * 3)
         return self._apply_image_or_video_transform(pil, name, magnitude, self.interpolation, self._fill)
 
 

@@ -219,8 +219,13 @@ def test_randaugments_severities_are_timms_increasing_ones():
     assert torch.equal(applied("SolarizeAdd", 99), torch.where(values < 128, (values + 99).clamp(max=255), values))
     assert torch.equal(applied("Posterize", 1), values & 128)
     assert torch.equal(applied("Invert", 0.0), 255 - values)
+    assert torch.equal(applied("Posterize", 4), values & 240)
     for name, (magnitude, signed) in RandAugment._AUGMENTATION_SPACE.items():
-        applied(name, magnitude(0.9, 16))
+        for strength in (0.0, 0.9, 1.0):
+            applied(name, magnitude(strength, 16))
+            if signed:
+                applied(name, -magnitude(strength, 16))
+    assert not applied("Posterize", RandAugment._AUGMENTATION_SPACE["Posterize"][0](1.0, 16)).any()  # black
 
 
 def test_erased_pixels_are_normal_noise_once_normalised():
