@@ -729,15 +729,16 @@ def load_weights(model, path_or_url, ema=False):
 # From these the backward walk computes the other states again, those of a chunk at a time, from the last chunk on.
 #
 # A block's states are a tile of four axes: (states in a thread, threads along the states, threads along the channels,
-# channels in a thread). As CHUNK threads share the states of a channel, each would compute what the channel has one of:
-# delta, the gate. So these are computed for a group of KEEP tokens at once, each by one thread, and pass to the others
-# through `exchange`, a small piece of global memory that each program has to itself: (3, KEEP, BLOCK), for delta, delta
-# x, and y on the forward or its gradient on the backward walk. What threads add up, they add for CHUNK tokens at once,
-# after which each has its share of these tokens' results (`fold`).
+# channels in a thread). CHUNK threads share the states of a channel, and each would compute what the channel has one
+# of: delta, the gate. So they divide the tokens: each computes these for one token of a chunk, and when the walk comes
+# to that token passes them to the others (`of_token`). What threads add up, they add for CHUNK tokens at once, after
+# which each has the sums of its own token (`fold`).
 
 CHUNK = tl.constexpr(4)  # tokens, as many as registers have room for the states of; and threads to a channel
 KEEP = tl.constexpr(8)  # tokens of a group, two chunks; `fold` and the walks rely on both numbers
+PAST_END = tl.constexpr(-math.inf)  # of dt: makes delta 0, which leaves the state as it is, and so its gradients
 LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
+FORWARD_BLOCK, BACKWARD_BLOCK, CONV_BLOCK = 32, 16, 128  # channels; the fastest of those tried on an H200
 
 
 @triton.jit
@@ -791,158 +792,143 @@ def softplus(x):
 
 
 @triton.jit
-def exchange_steps(exchange, t, real, x, dt, bias, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Put delta and delta x of a group's tokens t in a block of channels, (KEEP, BLOCK), into `exchange`. Both are 0
-    past the end, which leaves the states as they are.
-    """
-    raw = tl.load(dt + t * DIM, real, 0.0).to(tl.float32) + bias
-    delta = tl.where(real, softplus(raw), 0.0)
-    tl.store(exchange, delta)
-    tl.store(exchange + KEEP * BLOCK, delta * tl.load(x + t * DIM, real, 0.0).to(tl.float32))
+def of_token(values, j):
+    """What the thread of a chunk's token j has, in all threads of its channel."""
+    return tl.gather(values, tl.zeros(values.shape, tl.int32) + j, 1)
 
 
 @triton.jit
-def next_state(h, t, B, A_2, exchange, N: tl.constexpr, BLOCK: tl.constexpr):
-    """The state after token t, whose delta and delta x lie at `exchange`, given the one before it."""
-    return tl.exp2(tl.load(exchange) * A_2) * h + tl.load(exchange + KEEP * BLOCK) * tl.load(B + t * N)
+def own_token(chunk, n_thread, d, length, x, dt, bias, DIM: tl.constexpr):
+    """A thread's token of a chunk: its place, whether it is there, x, and delta before and after the softplus."""
+    t = chunk + n_thread
+    real = (t < length) & (d < DIM)
+    raw = tl.load(dt + t * DIM, real, PAST_END).to(tl.float32) + bias
+    return t, real, tl.load(x + t * DIM, real, 0.0).to(tl.float32), raw, softplus(raw)
 
 
 @triton.jit
-def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept, exchange, batch, length,
-                        z_row: tl.constexpr, SAVE: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr,
-                        DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def next_state(h, t, j, delta, delta_x, A_2, B, N: tl.constexpr):
+    """The state after token t, the j-th of its chunk, given the one before it."""
+    return tl.exp2(of_token(delta, j) * A_2) * h + of_token(delta_x, j) * tl.load(B + t * N)
+
+
+@triton.jit
+def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept, batch, length, z_row: tl.constexpr,
+                        SAVE: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr, DIM: tl.constexpr,
+                        N: tl.constexpr, BLOCK: tl.constexpr):
     """From the first token to the last. What the backward walk needs is stored where SAVE says so: kept, and ungated
     where there is a gate to undo.
     """
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d, n_thread, _ = state_tile(block, N, BLOCK)
-    i, c = tl.arange(0, KEEP)[:, None], block * BLOCK + tl.arange(0, BLOCK)[None, :]  # tokens; the same channels
     A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E  # for an exponential of base 2
-    D_ = tl.load(D + direction * DIM + c, c < DIM, 0.0)
-    bias = tl.load(dt_bias + direction * DIM + c, c < DIM, 0.0)
+    D_ = tl.load(D + direction * DIM + d, d < DIM, 0.0)
+    bias = tl.load(dt_bias + direction * DIM + d, d < DIM, 0.0)
 
-    start = sequence * length * DIM + c
-    x += start
-    dt += start
-    out += start
-    ungated += start
+    x += sequence * length * DIM + d
+    dt += sequence * length * DIM + d
     B += sequence * length * N + n
     C += sequence * length * N + n
-    z += image * length * z_row + c
+    z += image * length * z_row + d
     order += direction * length
+    out += sequence * length * DIM + d
+    ungated += sequence * length * DIM + d
     kept += sequence * tl.cdiv(length, KEEP) * DIM * N + d * N + n
-    exchange += tl.program_id(0).to(tl.int64) * (3 * KEEP * BLOCK) - block * BLOCK
     h = tl.zeros_like(A_2)
     for group in range(0, length, KEEP):
-        t = group + i
-        real = (t < length) & (c < DIM)
-        exchange_steps(exchange + i * BLOCK + c, t, real, x, dt, bias, DIM, BLOCK)
-        tl.debug_barrier()  # what one thread has stored another may load now
         if SAVE:
             tl.store(kept, h, d < DIM)
             kept += DIM * N
-        for chunk in range(0, KEEP, CHUNK):
+        for chunk in range(group, tl.minimum(group + KEEP, length), CHUNK):
+            t, real, x_t, raw, delta = own_token(chunk, n_thread, d, length, x, dt, bias, DIM)
+            delta_x = delta * x_t
             for j in tl.static_range(CHUNK):
-                t_j = tl.minimum(group + chunk + j, length - 1)
-                h = next_state(h, t_j, B, A_2, exchange + (chunk + j) * BLOCK + d, N, BLOCK)
+                t_j = tl.minimum(chunk + j, length - 1)
+                h = next_state(h, t_j, j, delta, delta_x, A_2, B, N)
                 y_j = tl.sum(h * tl.load(C + t_j * N), 0, keep_dims=True)
                 if j % 2 == 0:
                     even = y_j
                 elif j == 1:
                     pair = fold(even, y_j, 3)
-                else:  # now a thread has the sum for one of the chunk's tokens
-                    tl.store(exchange + (2 * KEEP + chunk + n_thread) * BLOCK + d, fold(pair, fold(even, y_j, 3), 4))
-        tl.debug_barrier()
-        y = tl.load(exchange + (2 * KEEP + i) * BLOCK + c) + D_ * tl.load(x + t * DIM, real, 0.0).to(tl.float32)
-        place = tl.load(order + t, t < length, 0) if ORDERED else t
-        if GATED:
-            if SAVE:
-                tl.store(ungated + place * DIM, y, real)
-            z_t = tl.load(z + place * z_row, real, 0.0).to(tl.float32)
-            y *= z_t * sigmoid(z_t)
-        tl.store(out + place * DIM, y, real)
+                else:
+                    y = fold(pair, fold(even, y_j, 3), 4) + D_ * x_t
+            place = tl.load(order + t, t < length, 0) if ORDERED else t
+            if GATED:
+                if SAVE:
+                    tl.store(ungated + place * DIM, y, real)
+                z_t = tl.load(z + place * z_row, real, 0.0).to(tl.float32)
+                y *= z_t * sigmoid(z_t)
+            tl.store(out + place * DIM, y, real)
 
 
 @triton.jit
-def exchange_gradient(exchange, real, place, dout, z, ungated, dz, z_row: tl.constexpr, DIRECTIONS: tl.constexpr,
-                      GATED: tl.constexpr, DIM: tl.constexpr):
-    """Put the gradient of what a group's scan gave, before the gate, into `exchange`; and, in passing, that of z."""
-    dy = tl.load(dout + place * DIM, real, 0.0).to(tl.float32) * (1 / DIRECTIONS)
-    if GATED:
-        z_t = tl.load(z + place * z_row, real, 0.0).to(tl.float32)
-        s = sigmoid(z_t)
-        tl.store(dz + place * DIM, dy * tl.load(ungated + place * DIM, real, 0.0) * s * (1 + z_t * (1 - s)), real)
-        dy *= z_t * s
-    tl.store(exchange, dy)
-
-
-@triton.jit
-def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, exchange, dx, ddt, dbias, dA, dB,
-                         dC, dD, dz, batch, length, z_row: tl.constexpr, DIRECTIONS: tl.constexpr, GATED: tl.constexpr,
-                         ORDERED: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, dx, ddt, dbias, dA, dB, dC, dD, dz,
+                         batch, length, z_row: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr,
+                         DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """From the last token to the first: the gradient g of the state obeys the same recurrence backwards."""
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d, n_thread, d_thread = state_tile(block, N, BLOCK)
-    i, c = tl.arange(0, KEEP)[:, None], block * BLOCK + tl.arange(0, BLOCK)[None, :]  # tokens; the same channels
     A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E  # for an exponential of base 2
     D_ = tl.load(D + direction * DIM + d, d < DIM, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, d < DIM, 0.0)
-    bias_i = tl.load(dt_bias + direction * DIM + c, c < DIM, 0.0)
 
-    x += sequence * length * DIM
+    x += sequence * length * DIM + d
     dx += sequence * length * DIM + d
-    dt += sequence * length * DIM
+    dt += sequence * length * DIM + d
     ddt += sequence * length * DIM + d
     B += sequence * length * N + n
     C += sequence * length * N + n
     dB_dC = tl.where(d_thread % 2 == 0, dB, dC) + (sequence * tl.cdiv(DIM, BLOCK) + block) * length * N + n
-    ungated += image * length * DIM + c
-    dout += image * length * DIM + c
-    dz += image * length * DIM + c
-    z += image * length * z_row + c
+    z += image * length * z_row + d
+    dz += image * length * DIM + d
+    dout += image * length * DIM + d
+    ungated += image * length * DIM + d
     order += direction * length
     kept += (sequence + 1) * tl.cdiv(length, KEEP) * DIM * N + d * N + n
-    exchange += tl.program_id(0).to(tl.int64) * (3 * KEEP * BLOCK) - block * BLOCK
     g, sum_dA = tl.zeros_like(A_2), tl.zeros_like(A_2)  # g is the gradient of the state, 0 past the end
     sum_dD, sum_dbias = tl.zeros_like(D_), tl.zeros_like(D_)
     for group in range((length - 1) // KEEP * KEEP, -1, -KEEP):
-        t_i = group + i
-        real_i = (t_i < length) & (c < DIM)
-        place = tl.load(order + t_i, t_i < length, 0) if ORDERED else t_i
-        tl.debug_barrier()  # what was exchanged of the group before has been read
-        exchange_steps(exchange + i * BLOCK + c, t_i, real_i, x + c, dt + c, bias_i, DIM, BLOCK)
-        exchange_gradient(exchange + (2 * KEEP + i) * BLOCK + c, real_i, place, dout, z, ungated, dz, z_row, DIRECTIONS,
-                          GATED, DIM)
-        tl.debug_barrier()
+        # The state before the second chunk, from the one before the first.
         kept -= DIM * N
         h = tl.load(kept, d < DIM, 0.0)
+        t, real, x_t, raw, delta = own_token(group, n_thread, d, length, x, dt, bias, DIM)
+        delta_x = delta * x_t
         for j in tl.static_range(CHUNK):
-            h = next_state(h, tl.minimum(group + j, length - 1), B, A_2, exchange + j * BLOCK + d, N, BLOCK)
+            h = next_state(h, tl.minimum(group + j, length - 1), j, delta, delta_x, A_2, B, N)
+
         for chunk in range(CHUNK, -1, -CHUNK):
             if chunk == 0:
                 h = tl.load(kept, d < DIM, 0.0)
+            t, real, x_t, raw, delta = own_token(group + chunk, n_thread, d, length, x, dt, bias, DIM)
+            delta_x = delta * x_t
+            place = tl.load(order + t, t < length, 0) if ORDERED else t
+            dy = tl.load(dout + place * DIM, real, 0.0).to(tl.float32)
+            if GATED:
+                z_t = tl.load(z + place * z_row, real, 0.0).to(tl.float32)
+                s = sigmoid(z_t)
+                dz_t = dy * tl.load(ungated + place * DIM, real, 0.0) * s * (1 + z_t * (1 - s))
+                tl.store(dz + place * DIM, dz_t, real)
+                dy *= z_t * s
+
             states = ()  # before each token
             for j in tl.static_range(CHUNK):
                 states = states + (h,)
-                t_j = tl.minimum(group + chunk + j, length - 1)
-                h = next_state(h, t_j, B, A_2, exchange + (chunk + j) * BLOCK + d, N, BLOCK)
-            tl.debug_barrier()  # or the compiler would keep what was loaded in registers, of which there are too few
-            t = group + chunk + n_thread  # the token of which a thread will have the sums
-            real = (t < length) & (d < DIM)
-            x_t, raw = tl.load(x + t * DIM + d, real, 0.0), tl.load(dt + t * DIM + d, real, 0.0)
+                h = next_state(h, tl.minimum(group + chunk + j, length - 1), j, delta, delta_x, A_2, B, N)
+
+            # Registers are scarce: what the walk forward has loaded and been passed must be loaded and passed again,
+            # for which the compiler must see a barrier, and not see that i is j.
+            tl.debug_barrier()
             for j in tl.static_range(CHUNK - 1, -1, -1):
-                t_j = tl.minimum(group + chunk + j, length - 1)
-                step = exchange + (chunk + j) * BLOCK + d
-                delta, dy = tl.load(step), tl.load(step + 2 * KEEP * BLOCK)
-                B_j = tl.load(B + t_j * N)
-                g += dy * tl.load(C + t_j * N)
-                dB_j = tl.sum(tl.load(step + KEEP * BLOCK) * g, 3, keep_dims=True)
-                dB_dC_j = fold(dB_j, tl.sum(dy * h, 3, keep_dims=True), 0)
+                t_j, i = tl.minimum(group + chunk + j, length - 1), tl.minimum(length + CHUNK, j)
+                delta_j, dy_j, B_j = of_token(delta, i), of_token(dy, i), tl.load(B + t_j * N)
+                g += dy_j * tl.load(C + t_j * N)
+                dB_j = tl.sum(of_token(delta_x, i) * g, 3, keep_dims=True)
+                dB_dC_j = fold(dB_j, tl.sum(dy_j * h, 3, keep_dims=True), 0)
                 ddx_j = tl.sum(g * B_j, 0, keep_dims=True)  # of delta x
                 h = states[j]
-                g *= tl.exp2(delta * A_2)  # from here on the gradient of the state before token j
+                g *= tl.exp2(delta_j * A_2)  # from here on the gradient of the state before token j
                 ddelta_j = tl.sum(g * h * A_2, 0, keep_dims=True)
-                sum_dA += g * h * delta
+                sum_dA += g * h * delta_j
                 if j % 2 == 1:
                     odd = (dB_dC_j, ddx_j, ddelta_j)
                 else:
@@ -952,10 +938,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
             t_B = group + chunk + d_thread // 2
             tl.store(dB_dC + t_B * N, fold(pair[0], last[0], 2), t_B < length)
             ddx, ddelta = fold(pair[1], last[1], 4), fold(pair[2], last[2], 4) * (1 / LOG2E)
-            step = exchange + (chunk + n_thread) * BLOCK + d
-            delta, dy = tl.load(step), tl.load(step + 2 * KEEP * BLOCK)
-            x_t = x_t.to(tl.float32)
-            ddt_t = (ddelta + x_t * ddx) * sigmoid(raw.to(tl.float32) + bias)
+            ddt_t = (ddelta + x_t * ddx) * sigmoid(raw)
             tl.store(ddt + t * DIM, ddt_t, real)
             tl.store(dx + t * DIM, delta * ddx + D_ * dy, real)
             sum_dD += dy * x_t
@@ -1056,11 +1039,6 @@ def evenly_spaced(t):
     return t, t.stride(1)
 
 
-def float32(*tensors):
-    """Parameters, B and C as the kernels read them."""
-    return [t.float().contiguous() for t in tensors]
-
-
 def launch(kernel, block, sequences, x, *arguments, orders, **options):
     """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence."""
     order = x if orders is None else orders.contiguous()  # without orders not read
@@ -1070,64 +1048,65 @@ def launch(kernel, block, sequences, x, *arguments, orders, **options):
                                                        BLOCK=block, num_warps=1, **options)
 
 
-def saved_by_scan(x, N, save):
-    """Memory for what the backward walk needs, the result before the gate and the states; empty if it needs none."""
+# A custom operator has memory made for its results by one function, on the GPU and, without running it, for the
+# compiler. Parameters, B and C come as float32, contiguous. What is summed over images is left for it to sum.
+
+
+def scan_results(x, N, save):
+    """The results of scan_op: of each direction, gated only where there is one; and for the backward pass, if `save`,
+    the result before the gate, if any, and the states before every KEEP-th token.
+    """
     directions, batch, length, dim = x.shape
     ungated = x.shape if save and directions == 1 else 0
     kept = (directions, batch, triton.cdiv(length, KEEP.value), dim, N) if save else 0
-    return x.new_empty(ungated), x.new_empty(kept, dtype=torch.float32)
-
-
-def exchange_memory(x, block):
-    """Memory for each program of a scan."""
-    programs = math.prod(x.shape[:2]) * triton.cdiv(x.shape[-1], block)
-    return x.new_empty(programs, 3, KEEP.value, block, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(ungated), x.new_empty(kept, dtype=torch.float32)
 
 
 @torch.library.custom_op("arm::scan", mutates_args=())
 def scan_op(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
             orders: Optional[Tensor], save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what selective_scan does, gated only where there is one direction; for the backward pass, if `save`, the
-    result before the gate, if any, and the states before every KEEP-th token.
-    """
     (directions, batch, length, _), N = x.shape, A.shape[-1]
-    gated, block = directions == 1, 32
-    (x, dt), (z, z_row) = (x.contiguous(), dt.contiguous()), evenly_spaced(z)
-    out, (ungated, kept) = torch.empty_like(x), saved_by_scan(x, N, save)
-    launch(scan_forward_kernel, block, directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z, out=out,
-           ungated=ungated, kept=kept, exchange=exchange_memory(x, block), batch=batch, length=length, z_row=z_row,
-           SAVE=save, GATED=gated, N=N, orders=orders)
-    return out.squeeze(0) if gated else out.mean(dim=0), ungated, kept
+    x, dt, (z, z_row) = x.contiguous(), dt.contiguous(), evenly_spaced(z)
+    out, ungated, kept = scan_results(x, N, save)
+    launch(scan_forward_kernel, FORWARD_BLOCK, directions * batch, x, dt, dt_bias, A, B, C, D, z, out=out,
+           ungated=ungated, kept=kept, batch=batch, length=length, z_row=z_row, SAVE=save, GATED=directions == 1, N=N,
+           orders=orders)
+    return out, ungated, kept
 
 
 @scan_op.register_fake
 def _(x, dt, dt_bias, A, B, C, D, z, orders, save):
-    return x.new_empty(x.shape[1:]), *saved_by_scan(x, A.shape[-1], save)
+    return scan_results(x, A.shape[-1], save)
+
+
+def scan_gradients(x, N):
+    """The results of scan_backward_op: the gradients of x, dt and z; for each image, of dt_bias and D, and of A; and of
+    B and C.
+    """
+    directions, batch, length, dim = x.shape
+    shapes = (2, directions, batch, dim), (directions, batch, dim, N), (2, directions, batch, length, N)
+    dz = x.new_empty(x.shape[1:] if directions == 1 else 0)
+    return [x.new_empty(x.shape), x.new_empty(x.shape), dz, *(x.new_empty(s, dtype=torch.float32) for s in shapes)]
 
 
 @torch.library.custom_op("arm::scan_backward", mutates_args=())
 def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
                      z: Tensor, orders: Optional[Tensor], ungated: Tensor, kept: Tensor) -> list[Tensor]:
-    """The gradients of x, dt, dt_bias, A, B, C, D and, where it was gated, z."""
     (directions, batch, length, dim), N = x.shape, A.shape[-1]
-    gated, block = directions == 1, 16
-    (dout, x, dt), (z, z_row) = (t.contiguous() for t in (dout, x, dt)), evenly_spaced(z)
-    dx, ddt, dz = torch.empty_like(x), torch.empty_like(dt), z.new_empty(z.shape if gated else 0)
-    dbias, dD = x.new_empty(2, directions, batch, dim, dtype=torch.float32)
-    dA = x.new_empty(directions, batch, dim, N, dtype=torch.float32)
-    dB, dC = x.new_empty(2, directions, batch, triton.cdiv(dim, block), length, N, dtype=torch.float32)
-    launch(scan_backward_kernel, block, directions * batch, x, dt, *float32(dt_bias, A, B, C, D), z, ungated=ungated,
-           kept=kept, dout=dout, exchange=exchange_memory(x, block), dx=dx, ddt=ddt, dbias=dbias, dA=dA, dB=dB, dC=dC,
-           dD=dD, dz=dz, batch=batch, length=length, z_row=z_row, DIRECTIONS=directions, GATED=gated, N=N, maxnreg=128,
-           orders=orders)
-    return [dx, ddt, dbias.sum(1).to(dt_bias.dtype), dA.sum(1).to(A.dtype), dB.sum(2).to(B.dtype),
-            dC.sum(2).to(C.dtype), dD.sum(1).to(D.dtype), dz]
+    dout, x, dt, (z, z_row) = dout.contiguous(), x.contiguous(), dt.contiguous(), evenly_spaced(z)
+    dx, ddt, dz, (dbias, dD), dA, dB_dC = results = scan_gradients(x, N)
+    blocks = triton.cdiv(dim, BACKWARD_BLOCK)
+    dB, dC = of_blocks = x.new_empty(2, directions, batch, blocks, length, N, dtype=torch.float32)
+    launch(scan_backward_kernel, BACKWARD_BLOCK, directions * batch, x, dt, dt_bias, A, B, C, D, z, ungated=ungated,
+           kept=kept, dout=dout, dx=dx, ddt=ddt, dbias=dbias, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz, batch=batch,
+           length=length, z_row=z_row, GATED=directions == 1, N=N, maxnreg=128, orders=orders)
+    torch.sum(of_blocks, dim=3, out=dB_dC)  # here, where the compiler's sum takes twice the time
+    return results
 
 
 @scan_backward_op.register_fake
 def _(dout, x, dt, dt_bias, A, B, C, D, z, orders, ungated, kept):
-    dz = z.new_empty(z.shape if len(x) == 1 else 0)
-    return [*(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, dt_bias, A, B, C, D)), dz]
+    return scan_gradients(x, A.shape[-1])
 
 
 def save_for_scan_backward(ctx, inputs, output):
@@ -1136,29 +1115,29 @@ def save_for_scan_backward(ctx, inputs, output):
 
 
 def scan_backward(ctx, dout, *_):
-    *grads, dz = scan_backward_op(dout, *ctx.saved_tensors)
-    return *grads, dz if dz.numel() else None, None, None
+    """dout: (G, B, L, D), the same for every direction, since their results are averaged."""
+    dx, ddt, dz, dbias_dD, dA, dB_dC = scan_backward_op(dout[0], *ctx.saved_tensors)
+    (dbias, dD), (dB, dC) = dbias_dD.sum(2), dB_dC
+    return dx, ddt, dbias, dA.sum(1), dB, dC, dD, dz if len(dx) == 1 else None, None, None
 
 
 scan_op.register_autograd(scan_backward, setup_context=save_for_scan_backward)
 
 
 def triton_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
-    """`selective_scan` by the Triton kernels above, in float32. Their block sizes are the fastest of those tried on an
-    H200.
-    """
+    """`selective_scan` by the Triton kernels above, in float32."""
+    dt_bias, A, B, C, D = (t.float().contiguous() for t in (dt_bias, A, B, C, D))
     y = scan_op(x, dt, dt_bias, A, B, C, D, z, orders, torch.is_grad_enabled())[0]
-    return y if len(x) == 1 else y * F.silu(z)
+    return y.squeeze(0) if len(x) == 1 else merge(y, z, orders=None)  # y is in the order of z already
 
 
 @torch.library.custom_op("arm::conv1d", mutates_args=())
 def conv_op(x: Tensor, weight: Tensor, bias: Tensor, orders: Optional[Tensor]) -> Tensor:
-    directions, dim, width = weight.shape
-    batch, length, _ = x.shape
+    (directions, _, width), (batch, length, _) = weight.shape, x.shape
     x, x_row = evenly_spaced(x)
-    out = x.new_empty(directions, batch, length, dim)
-    launch(conv_forward_kernel, 128, directions * batch, x, *float32(weight, bias), out=out, batch=batch,
-           length=length, x_row=x_row, WIDTH=width, orders=orders)
+    out = x.new_empty(directions, *x.shape)
+    launch(conv_forward_kernel, CONV_BLOCK, directions * batch, x, weight, bias, out=out, batch=batch, length=length,
+           x_row=x_row, WIDTH=width, orders=orders)
     return out
 
 
@@ -1167,23 +1146,25 @@ def _(x, weight, bias, orders):
     return x.new_empty(len(weight), *x.shape)
 
 
+def conv_gradients(x, weight):
+    """The results of conv_backward_op: the gradients of x for each direction, of weight and bias for each image."""
+    shapes = [(len(weight), len(x), *t.shape[1:]) for t in (weight, weight[..., 0])]
+    return [x.new_empty(len(weight), *x.shape), *(x.new_empty(s, dtype=torch.float32) for s in shapes)]
+
+
 @torch.library.custom_op("arm::conv1d_backward", mutates_args=())
 def conv_backward_op(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, orders: Optional[Tensor]) -> list[Tensor]:
-    directions, dim, width = weight.shape
-    batch, length, _ = x.shape
-    (x, x_row), dout = evenly_spaced(x), dout.contiguous()
-    dx = torch.empty_like(dout)
-    dweight = x.new_empty(directions, batch, dim, width, dtype=torch.float32)
-    dbias = x.new_empty(directions, batch, dim, dtype=torch.float32)
-    launch(conv_backward_kernel, 128, directions * batch, x, *float32(weight, bias), dout=dout, dx=dx, dweight=dweight,
+    (directions, _, width), (batch, length, _) = weight.shape, x.shape
+    dout, (x, x_row) = dout.contiguous(), evenly_spaced(x)
+    dx, dweight, dbias = results = conv_gradients(x, weight)
+    launch(conv_backward_kernel, CONV_BLOCK, directions * batch, x, weight, bias, dout=dout, dx=dx, dweight=dweight,
            dbias=dbias, batch=batch, length=length, x_row=x_row, WIDTH=width, orders=orders)
-    dx = dx.squeeze(0) if directions == 1 else dx.sum(dim=0)
-    return [dx, dweight.sum(1).to(weight.dtype), dbias.sum(1).to(bias.dtype)]
+    return results
 
 
 @conv_backward_op.register_fake
 def _(dout, x, weight, bias, orders):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, bias)]
+    return conv_gradients(x, weight)
 
 
 def save_for_conv_backward(ctx, inputs, output):
@@ -1191,7 +1172,8 @@ def save_for_conv_backward(ctx, inputs, output):
 
 
 def conv_backward(ctx, dout):
-    return *conv_backward_op(dout, *ctx.saved_tensors), None
+    dx, dweight, dbias = conv_backward_op(dout, *ctx.saved_tensors)
+    return dx.sum(0), dweight.sum(1), dbias.sum(1), None
 
 
 conv_op.register_autograd(conv_backward, setup_context=save_for_conv_backward)
@@ -1199,4 +1181,4 @@ conv_op.register_autograd(conv_backward, setup_context=save_for_conv_backward)
 
 def triton_conv1d(x, weight, bias, orders=None):
     """`causal_conv1d` by the Triton kernels above."""
-    return conv_op(x, weight, bias, orders)
+    return conv_op(x, weight.float().contiguous(), bias.float().contiguous(), orders)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden_images, weights
 
-from arm import (ARM, MODELS, ARMClassifier, Mamba, SwiGLU, causal_conv1d, cluster_order, conv_op, inverse_order,
-                 kernels, load_weights, mamba_ssm_conv1d, mamba_ssm_scan, rename_released, resize_position, scan_op,
-                 scan_orders, selective_scan, sincos_position, triton, triton_conv1d, triton_scan)
+from arm import (ARM, MODELS, ARMClassifier, Mamba, SwiGLU, causal_conv1d, cluster_order, conv_backward_op,
+                 conv_op, inverse_order, kernels, load_weights, mamba_ssm_conv1d, mamba_ssm_scan, rename_released,
+                 resize_position, scan_backward_op, scan_op, scan_orders, selective_scan, sincos_position, triton,
+                 triton_conv1d, triton_scan)
 from finetune import parameter_groups
 
 
@@ -226,13 +227,19 @@ def test_the_convolutions_are_causal_depthwise_conv1d_with_silu(conv, directions
 @pytest.mark.parametrize("directions", [1, 3])
 def test_the_triton_operators_are_what_they_are_registered_as(directions):
     inputs = scan_inputs(directions, batch=1, length=9)
+    inputs[4:6] = (t.contiguous() for t in inputs[4:6])  # B and C
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(scan_op, (*inputs, True), test_utils=checks)
     with torch.no_grad():
         torch.library.opcheck(scan_op, (*inputs, False), test_utils=checks[:2])
-        assert torch.equal(scan_op(*inputs, False)[0], scan_op(*inputs, True)[0])
+        out, *saved = scan_op(*inputs, True)
+        assert torch.equal(scan_op(*inputs, False)[0], out)
+        torch.library.opcheck(scan_backward_op, (out[0], *inputs, *saved), test_utils=checks[:2])
     weight, bias, orders = torch.randn(directions, 5, 4), torch.randn(directions, 5), inputs[-1]
     torch.library.opcheck(conv_op, (inputs[-2], weight, bias, orders), test_utils=checks)
+    with torch.no_grad():
+        dout = conv_op(inputs[-2], weight, bias, orders)
+        torch.library.opcheck(conv_backward_op, (dout, inputs[-2], weight, bias, orders), test_utils=checks[:2])
 
 
 @TRITON
