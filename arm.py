@@ -728,11 +728,11 @@ def load_weights(model, path_or_url, ema=False):
 # with the states of these channels in its registers, and keeps in memory only the state before every KEEP-th token.
 # From these the backward walk computes the other states again, those of a chunk at a time, from the last chunk on.
 #
-# A block's states are a tile of four axes: (states in a thread, threads along the states, threads along the channels,
-# channels in a thread). CHUNK threads share the states of a channel, and each would compute what the channel has one
-# of: delta, the gate. So they divide the tokens: each computes these for one token of a chunk, and when the walk comes
-# to that token passes them to the others (`of_token`). What threads add up, they add for CHUNK tokens at once, after
-# which each has the sums of its own token (`fold`).
+# A block's states are a tile of three axes: (states in a thread, threads, channels in a thread). CHUNK threads share
+# the states of a channel, and each would compute what the channel has one of: delta, the gate. So they divide the
+# tokens: each computes these for one token of a chunk, and when the walk comes to that token passes them to the others
+# (`of_token`). What threads add up, they add for CHUNK tokens at once, after which each has the sums of its own token
+# (`fold`).
 
 CHUNK = tl.constexpr(4)  # tokens, as many as registers have room for the states of; and threads to a channel
 KEEP = tl.constexpr(8)  # tokens of a group, two chunks; `fold` and the walks rely on both numbers
@@ -750,15 +750,40 @@ def walk(batch, DIM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def state_tile(block, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Indices of a block's tile of states: its states n, its channels d, and the thread along either axis. n and d are
-    written out along both, so that each thread loads what it needs and none is passed between threads.
-    """
+    """Indices of a block's tile of states: states n and channels d, and the thread's number along either."""
     PER_THREAD: tl.constexpr = BLOCK * CHUNK // 32
-    n_thread = tl.arange(0, CHUNK)[None, :, None, None]
-    d_thread = tl.arange(0, 32 // CHUNK)[None, None, :, None]
-    n = tl.arange(0, N // CHUNK)[:, None, None, None] + n_thread * (N // CHUNK)
-    d = tl.arange(0, PER_THREAD)[None, None, None, :] + d_thread * PER_THREAD + block * BLOCK
-    return n + 0 * d_thread, d + 0 * n_thread, n_thread, d_thread
+    thread = tl.arange(0, 32)[None, :, None]
+    n_thread, d_thread = thread // (32 // CHUNK), thread % (32 // CHUNK)
+    n = tl.arange(0, N // CHUNK)[:, None, None] + n_thread * (N // CHUNK)
+    d = tl.arange(0, PER_THREAD)[None, None, :] + d_thread * PER_THREAD + block * BLOCK
+    return n, d, n_thread, d_thread
+
+
+@triton.jit
+def channel(tile, k):
+    """The k-th channel in each thread, a tile with one channel in a thread. k is a constant, so nothing is computed."""
+    tile_k = tl.where(tl.arange(0, tile.shape[2]) == k, tile.to(tl.int32, bitcast=True), 0)
+    return tl.xor_sum(tile_k, 2, keep_dims=True).to(tile.dtype, bitcast=True)
+
+
+@triton.jit
+def load_states(states, n, d, DIM: tl.constexpr, N: tl.constexpr):
+    """The tile from memory, (DIM, N). Channel by channel, so that each thread loads what it needs: the compiler might
+    give one thread's channels to several, and would then have to pass them on.
+    """
+    tile = tl.zeros([n.shape[0], 32, d.shape[2]], tl.float32)
+    for k in tl.static_range(d.shape[2]):
+        d_k = channel(d, k)
+        tile = tl.where(tl.arange(0, d.shape[2]) == k, tl.load(states + d_k * N + n, d_k < DIM, 0.0), tile)
+    return tile
+
+
+@triton.jit
+def store_states(states, tile, n, d, DIM: tl.constexpr, N: tl.constexpr):
+    """The same to memory."""
+    for k in tl.static_range(d.shape[2]):
+        d_k = channel(d, k)
+        tl.store(states + d_k * N + n, channel(tile, k), d_k < DIM)
 
 
 @triton.jit
@@ -766,13 +791,13 @@ def fold(a, b, BIT: tl.constexpr):
     """Add up two tiles between the pairs of threads whose numbers differ in one bit: the thread where it is 0 gets the
     sum of a, the other that of b. This takes half the messages of adding up both in both.
     """
-    shape: tl.constexpr = [a.shape[0], 2, 2, 2, 2, 2, a.shape[3]]  # the threads' numbers in bits, the highest first
+    shape: tl.constexpr = [a.shape[0], 2, 2, 2, 2, 2, a.shape[2]]  # the threads' numbers in bits, the highest first
     upper = tl.reshape((tl.arange(0, 32) >> BIT) % 2 == 1, [1, 2, 2, 2, 2, 2, 1])
     a, b = tl.reshape(a, shape), tl.reshape(b, shape)
     given = tl.where(upper, a, b).to(tl.int32, bitcast=True)
     # Triton passes values between threads in reductions: the xor of what both give, xor one's own, is the other's.
     received = (given ^ tl.xor_sum(given, 5 - BIT, keep_dims=True)).to(tl.float32, bitcast=True)
-    return tl.reshape(tl.where(upper, b, a) + received, [a.shape[0], 4, 8, a.shape[6]])
+    return tl.reshape(tl.where(upper, b, a) + received, [a.shape[0], 32, a.shape[6]])
 
 
 @triton.jit
@@ -794,7 +819,8 @@ def softplus(x):
 @triton.jit
 def of_token(values, j):
     """What the thread of a chunk's token j has, in all threads of its channel."""
-    return tl.gather(values, tl.zeros(values.shape, tl.int32) + j, 1)
+    thread = tl.arange(0, 32)[None, :, None] % (32 // CHUNK) + j * (32 // CHUNK)
+    return tl.gather(values, tl.broadcast_to(thread, values.shape), 1)
 
 
 @triton.jit
@@ -821,7 +847,7 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     """
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d, n_thread, _ = state_tile(block, N, BLOCK)
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E  # for an exponential of base 2
+    A_2 = load_states(A + direction * DIM * N, n, d, DIM, N) * LOG2E  # for an exponential of base 2
     D_ = tl.load(D + direction * DIM + d, d < DIM, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, d < DIM, 0.0)
 
@@ -833,11 +859,11 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     order += direction * length
     out += sequence * length * DIM + d
     ungated += sequence * length * DIM + d
-    kept += sequence * tl.cdiv(length, KEEP) * DIM * N + d * N + n
+    kept += sequence * tl.cdiv(length, KEEP) * DIM * N
     h = tl.zeros_like(A_2)
     for group in range(0, length, KEEP):
         if SAVE:
-            tl.store(kept, h, d < DIM)
+            store_states(kept, h, n, d, DIM, N)
             kept += DIM * N
         for chunk in range(group, tl.minimum(group + KEEP, length), CHUNK):
             t, real, x_t, raw, delta = own_token(chunk, n_thread, d, length, x, dt, bias, DIM)
@@ -862,13 +888,13 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
 
 
 @triton.jit
-def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, dx, ddt, dbias, dA, dB, dC, dD, dz,
+def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, dout, dx, ddt, dz, dbias_dD, dA, dB_dC,
                          batch, length, z_row: tl.constexpr, GATED: tl.constexpr, ORDERED: tl.constexpr,
                          DIM: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """From the last token to the first: the gradient g of the state obeys the same recurrence backwards."""
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
     n, d, n_thread, d_thread = state_tile(block, N, BLOCK)
-    A_2 = tl.load(A + (direction * DIM + d) * N + n, d < DIM, 0.0) * LOG2E  # for an exponential of base 2
+    A_2 = load_states(A + direction * DIM * N, n, d, DIM, N) * LOG2E  # for an exponential of base 2
     D_ = tl.load(D + direction * DIM + d, d < DIM, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, d < DIM, 0.0)
 
@@ -878,19 +904,19 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     ddt += sequence * length * DIM + d
     B += sequence * length * N + n
     C += sequence * length * N + n
-    dB_dC = tl.where(d_thread % 2 == 0, dB, dC) + (sequence * tl.cdiv(DIM, BLOCK) + block) * length * N + n
+    dB_dC += (tl.program_id(0) + (d_thread % 2 * tl.num_programs(0)).to(tl.int64)) * length * N + n
     z += image * length * z_row + d
     dz += image * length * DIM + d
     dout += image * length * DIM + d
     ungated += image * length * DIM + d
     order += direction * length
-    kept += (sequence + 1) * tl.cdiv(length, KEEP) * DIM * N + d * N + n
+    kept += (sequence + 1) * tl.cdiv(length, KEEP) * DIM * N
     g, sum_dA = tl.zeros_like(A_2), tl.zeros_like(A_2)  # g is the gradient of the state, 0 past the end
     sum_dD, sum_dbias = tl.zeros_like(D_), tl.zeros_like(D_)
     for group in range((length - 1) // KEEP * KEEP, -1, -KEEP):
         # The state before the second chunk, from the one before the first.
         kept -= DIM * N
-        h = tl.load(kept, d < DIM, 0.0)
+        h = load_states(kept, n, d, DIM, N)
         t, real, x_t, raw, delta = own_token(group, n_thread, d, length, x, dt, bias, DIM)
         delta_x = delta * x_t
         for j in tl.static_range(CHUNK):
@@ -898,7 +924,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
 
         for chunk in range(CHUNK, -1, -CHUNK):
             if chunk == 0:
-                h = tl.load(kept, d < DIM, 0.0)
+                h = load_states(kept, n, d, DIM, N)
             t, real, x_t, raw, delta = own_token(group + chunk, n_thread, d, length, x, dt, bias, DIM)
             delta_x = delta * x_t
             place = tl.load(order + t, t < length, 0) if ORDERED else t
@@ -922,8 +948,8 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
                 t_j, i = tl.minimum(group + chunk + j, length - 1), tl.minimum(length + CHUNK, j)
                 delta_j, dy_j, B_j = of_token(delta, i), of_token(dy, i), tl.load(B + t_j * N)
                 g += dy_j * tl.load(C + t_j * N)
-                dB_j = tl.sum(of_token(delta_x, i) * g, 3, keep_dims=True)
-                dB_dC_j = fold(dB_j, tl.sum(dy_j * h, 3, keep_dims=True), 0)
+                dB_j = tl.sum(of_token(delta_x, i) * g, 2, keep_dims=True)
+                dB_dC_j = fold(dB_j, tl.sum(dy_j * h, 2, keep_dims=True), 0)
                 ddx_j = tl.sum(g * B_j, 0, keep_dims=True)  # of delta x
                 h = states[j]
                 g *= tl.exp2(delta_j * A_2)  # from here on the gradient of the state before token j
@@ -943,9 +969,10 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
             tl.store(dx + t * DIM, delta * ddx + D_ * dy, real)
             sum_dD += dy * x_t
             sum_dbias += ddt_t
-    tl.store(dA + (sequence * DIM + d) * N + n, sum_dA, d < DIM)
-    tl.store(dD + sequence * DIM + d, tl.sum(sum_dD, 1, keep_dims=True), d < DIM)
-    tl.store(dbias + sequence * DIM + d, tl.sum(sum_dbias, 1, keep_dims=True), d < DIM)
+    store_states(dA + sequence * DIM * N, sum_dA, n, d, DIM, N)
+    sums = fold(sum_dbias, sum_dD, 3)
+    sequences = tl.num_programs(0) // tl.cdiv(DIM, BLOCK)
+    tl.store(dbias_dD + (sequence + n_thread % 2 * sequences) * DIM + d, fold(sums, sums, 4), d < DIM)
 
 
 @triton.jit
@@ -1045,7 +1072,7 @@ def launch(kernel, block, sequences, x, *arguments, orders, **options):
     dim = x.shape[-1]
     with torch.cuda.device_of(x):
         kernel[(sequences * triton.cdiv(dim, block),)](x, *arguments, order=order, ORDERED=orders is not None, DIM=dim,
-                                                       BLOCK=block, num_warps=1, **options)
+                                                       BLOCK=block, num_warps=1, enable_fp_fusion=True, **options)
 
 
 # A custom operator has memory made for its results by one function, on the GPU and, without running it, for the
@@ -1094,11 +1121,11 @@ def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Te
                      z: Tensor, orders: Optional[Tensor], ungated: Tensor, kept: Tensor) -> list[Tensor]:
     (directions, batch, length, dim), N = x.shape, A.shape[-1]
     dout, x, dt, (z, z_row) = dout.contiguous(), x.contiguous(), dt.contiguous(), evenly_spaced(z)
-    dx, ddt, dz, (dbias, dD), dA, dB_dC = results = scan_gradients(x, N)
+    dx, ddt, dz, dbias_dD, dA, dB_dC = results = scan_gradients(x, N)
     blocks = triton.cdiv(dim, BACKWARD_BLOCK)
-    dB, dC = of_blocks = x.new_empty(2, directions, batch, blocks, length, N, dtype=torch.float32)
+    of_blocks = x.new_empty(2, directions, batch, blocks, length, N, dtype=torch.float32)
     launch(scan_backward_kernel, BACKWARD_BLOCK, directions * batch, x, dt, dt_bias, A, B, C, D, z, ungated=ungated,
-           kept=kept, dout=dout, dx=dx, ddt=ddt, dbias=dbias, dA=dA, dB=dB, dC=dC, dD=dD, dz=dz, batch=batch,
+           kept=kept, dout=dout, dx=dx, ddt=ddt, dz=dz, dbias_dD=dbias_dD, dA=dA, dB_dC=of_blocks, batch=batch,
            length=length, z_row=z_row, GATED=directions == 1, N=N, maxnreg=128, orders=orders)
     torch.sum(of_blocks, dim=3, out=dB_dC)  # here, where the compiler's sum takes twice the time
     return results
