@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from arm import MODELS, ARMClassifier, load_weights, read_checkpoint
 from pretrain import (MEAN, Batches, Drawings, ImageFiles, Images, Parser, Progress, add_common_arguments, bad_input,
-                      check_run, from_first_process, learning_rate, list_images, make_loader, mean_and_std, move,
-                      normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run, save_checkpoint,
-                      seed_of, start_processes)
+                      check_run, from_first_process, gather, learning_rate, list_images, make_loader, mean_and_std,
+                      move, normalize, optimizer_step, parse_args, prepare, process, resume_checkpoint, run,
+                      save_checkpoint, seed_of, start_processes)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -188,15 +188,16 @@ def parameter_groups(model, weight_decay, layer_decay):
 def evaluate(model, dataset, args, device):
     """Top-1 and top-5 accuracy in percent and the mean cross-entropy, over every image once on any number of processes.
 
-    An image that cannot be decoded is left out and counted. Returns (top1, top5, loss, images left out).
+    Images that cannot be decoded are left out. Returns (top1, top5, loss, indices of the images left out).
     """
     rank, processes = process()
     mine = [(0, i) for i in range(rank, len(dataset), processes)]
     size = max(1, args.batch_size // (processes * args.accum_steps))
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    totals = torch.zeros(5, dtype=torch.float64, device=device)
+    totals, left_out = torch.zeros(4, dtype=torch.float64, device=device), set()
     model.eval()
-    for images, labels, _ in make_loader(dataset, batches, args, device):
+    for images, labels, unreadable in make_loader(dataset, batches, args, device):
+        left_out.update(unreadable[unreadable >= 0].tolist())
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(normalize(images, device)).float()  # (B, classes)
@@ -204,11 +205,11 @@ def evaluate(model, dataset, args, device):
         logits, labels = logits[readable], labels[readable]
         hit = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([hit[:, 0].sum(), hit.sum(), loss, readable.sum(), (~readable).sum()])
+        totals += torch.stack([hit[:, 0].sum(), hit.sum(), loss, readable.sum()])
     model.train()
     dist.all_reduce(totals)
-    top1, top5, loss, count, left_out = totals.tolist()
-    return 100 * top1 / max(count, 1), 100 * top5 / max(count, 1), loss / max(count, 1), int(left_out)
+    top1, top5, loss, count = totals.tolist()
+    return 100 * top1 / max(count, 1), 100 * top5 / max(count, 1), loss / max(count, 1), sorted(gather(left_out))
 
 
 def find_images(folder, evaluate_only):
@@ -235,6 +236,15 @@ def find_images(folder, evaluate_only):
             raise ValueError(f"{folder}/val has {len(unknown)} classes that {folder}/train has not, such as "
                              f"{unknown[0]}: a class needs training images.")
     return classes, train, val
+
+
+def check_classes(path, checkpoint, classes):
+    """Raises ValueError where a checkpoint of ours is of other classes than the images; released ones do not say."""
+    its_own = checkpoint.get("classes", classes)
+    only_in_one = set(its_own) ^ set(classes)
+    if only_in_one:
+        raise ValueError(f"{path} was finetuned on {len(its_own)} classes, the images are of {len(classes)}, and "
+                         f"{min(only_in_one)} is only among one of them: give the data that it was finetuned on.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,6 +276,9 @@ def get_args():
         for name in ("min_lr", "mixup", "cutmix", "augment"):
             if not 0 <= getattr(args, name) < math.inf:
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}.")
+        if args.min_lr > args.blr * args.batch_size / 256:
+            raise ValueError(f"--min_lr {args.min_lr:g} is above the peak learning rate, --blr x --batch_size / 256 = "
+                             f"{args.blr * args.batch_size / 256:g}.")
         if (args.mixup or args.cutmix) and args.batch_size // (process()[1] * args.accum_steps) % 2:
             raise ValueError("Mixup and CutMix mix pairs: --batch_size must be an even number on each process and "
                              "accumulation step.")
@@ -302,13 +315,15 @@ def main():
                               drop_path=args.drop_path, pool=args.pool)
     prepare(model, args)
     if args.eval:
-        return evaluate_checkpoint(args, model.to(device), val_set, device)
+        return evaluate_checkpoint(args, model.to(device), classes, val_set, device)
     with bad_input():
         from_first_process(lambda: check_run(args, len(train)))
         if demonstration and args.init is None and os.path.exists("runs/demo_pretrain/last.pth"):
             args.init = "runs/demo_pretrain/last.pth"
         args.init = args.init or "none"
         checkpoint = resume_checkpoint(args, model, len(train))
+        if checkpoint:
+            check_classes(args.resume or args.out, checkpoint, classes)
         if args.init != "none" and not checkpoint:
             from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
     ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
@@ -370,12 +385,14 @@ def main():
         epoch, inside_epoch = divmod(progress.step, steps_per_epoch)
         weights = {}
         if interrupted or not inside_epoch or progress.checkpoint_due():
-            weights = dict(model=model.state_dict(), model_ema=ema.module.state_dict(), epoch=epoch)
+            weights = dict(model=model.state_dict(), model_ema=ema.module.state_dict(), classes=classes, epoch=epoch)
         if not inside_epoch:
             top1, top5, val_loss, left_out = evaluate(model, val_set, args, device)
             ema_top1, ema_top5, ema_loss, _ = evaluate(ema.module, val_set, args, device)
             progress.end_epoch(lr, top1=top1, top5=top5, val_loss=val_loss, ema_top1=ema_top1, ema_top5=ema_top5,
-                               ema_val_loss=ema_loss, unreadable_val_images=left_out)
+                               ema_val_loss=ema_loss, unreadable_val_images=len(left_out))
+            for i in left_out:
+                progress.name_unreadable(os.path.join("val", val.name(i)), "it is left out of the evaluation")
             if max(top1, ema_top1) > best:
                 best = max(top1, ema_top1)
                 if first:
@@ -391,21 +408,29 @@ def main():
               f" the last weights in {args.out}/last.pth, every epoch's results in {args.out}/log.jsonl.")
 
 
-def evaluate_checkpoint(args, model, val_set, device):
+def evaluate_checkpoint(args, model, classes, val_set, device):
     """Print the accuracy of a checkpoint's weights and, where it has one, of their average."""
+    def check():
+        checkpoint = read_checkpoint(args.eval)
+        check_classes(args.eval, checkpoint, classes)
+        return "model_ema" in checkpoint
+
     with bad_input():
-        has_ema = from_first_process(lambda: "model_ema" in read_checkpoint(args.eval))
+        has_ema = from_first_process(check)
     for ema in (False, True) if has_ema else (False,):
         with bad_input():
             if "head" in from_first_process(lambda: load_weights(model, args.eval, ema)):
-                raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as the images "
-                                 f"have: finetune it first, or give its own --data.")
+                raise ValueError(f"{args.eval} has no classifier of {len(classes)} classes, as the images have: --eval "
+                                 f"takes what finetuning on such images has made.")
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
         top1, top5, loss, left_out = evaluate(model, val_set, args, device)
         if process()[0] == 0:
             print(f"{'EMA' if ema else 'Model'}: top-1 {top1:.2f}%, top-5 {top5:.2f}%, loss {loss:.4f} over "
-                  f"{len(val_set) - left_out:,} images" + (f"; {left_out} could not be decoded" if left_out else ""))
+                  f"{len(val_set) - len(left_out):,} images")
+    if process()[0] == 0:
+        for i in left_out:
+            print(f"Cannot decode {os.path.join('val', val_set.source.name(i))}: it is left out.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -153,6 +154,13 @@ def start_processes(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=processes,
                             timeout=timedelta(minutes=10))
     return device
+
+
+def gather(mine):
+    """The union of the sets that the processes give."""
+    sets = [None] * process()[1]
+    dist.all_gather_object(sets, mine)
+    return set().union(*sets)
 
 
 def from_first_process(compute):
@@ -552,17 +560,20 @@ class Progress:
 
     def gather_unreadable(self):
         """Tell every process of the files that any could not decode; name each once; stop where they are too many."""
-        gathered = [None] * process()[1]
-        dist.all_gather_object(gathered, self.new_unreadable)
-        new = set().union(*gathered) - self.unreadable
+        new = gather(self.new_unreadable) - self.unreadable
         self.unreadable |= new
         self.new_unreadable = set()
         for i in sorted(new):
-            self.write_log(dict(step=self.step, unreadable=self.source.name(i)))
-            self.say(f"Cannot decode {self.source.name(i)}: another image stands in for it.")
+            self.name_unreadable(self.source.name(i), "another image stands in for it")
         if len(self.unreadable) > self.MOST_UNREADABLE * len(self.source):
             raise Stop(f"{len(self.unreadable)} of {len(self.source)} images cannot be decoded, more than 1%: see "
                        f"{os.path.join(self.args.out, 'log.jsonl')} for their names.")
+
+    def name_unreadable(self, name, instead):
+        """Say and log, once, that a file cannot be decoded and what is done instead."""
+        if self.first and name not in self.logged:
+            self.write_log(dict(step=self.step, unreadable=name))
+            self.say(f"Cannot decode {name}: {instead}.")
 
     def checkpoint_due(self):
         """Whether --checkpoint_minutes have passed since the last one; the first process decides, which writes it."""
@@ -594,14 +605,16 @@ class Progress:
             for name, value in entry.items():
                 self.tensorboard.add_scalar(name, value, entry["epoch"])
             self.tensorboard.flush()
+        told = {"loss", *results, *(["dropped_steps"] if dropped else [])}
         self.say(f"epoch {entry['epoch']}: " + ", ".join(
-            f"{name} {value:.4g}" for name, value in entry.items() if name == "loss" or name in results))
+            f"{name} {value:.4g}" for name, value in entry.items() if name in told))
         self.totals = torch.tensor([0, 0, 0, in_row], device=self.totals.device, dtype=torch.float64)
         self.epoch_started, self.epoch_first_step = time.monotonic(), self.step
 
     def write_log(self, entry):
         """Append a line, unless the run wrote it before it was interrupted. JSON has no NaN: null stands for it."""
         if self.first and log_key(entry) not in self.logged:
+            self.logged.add(log_key(entry))
             entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             line = (json.dumps(entry) + "\n").encode()
             if os.write(self.log, line) < len(line):
@@ -620,9 +633,15 @@ def log_key(entry):
 def open_log(path):
     """Open a log of JSON lines to append to; half a line, left by a crash, is taken off its end first.
 
-    Returns its file descriptor and the keys of its lines.
+    Returns its file descriptor, which holds a lock while the process lives, and the keys of its lines.
     """
     log = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
+            raise Stop(f"Another run writes to {os.path.dirname(path)}: wait for it, or give another --out.", code=2,
+                       everywhere=False) from None
     text = os.pread(log, os.fstat(log).st_size, 0)
     whole = text[: text.rfind(b"\n") + 1]
     os.ftruncate(log, len(whole))
@@ -678,7 +697,7 @@ def parse_args(parser, demonstration, recipes):
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}.")
         if args.warmup_epochs >= args.epochs:
             raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: "
-                             f"choose fewer.")
+                             f"choose more epochs, or a shorter warm-up.")
         processes = process()[1]
         if args.batch_size % (processes * args.accum_steps):
             raise ValueError(f"--batch_size {args.batch_size} does not divide into {processes} processes x "
@@ -791,7 +810,8 @@ def main():
         if not inside_epoch:
             progress.end_epoch(lr)
             if first and (epoch % max(1, args.epochs // 20) == 0 or epoch == args.epochs):
-                pictured = torch.stack([dataset[0, i][0] for i in range(min(8, len(dataset)))])
+                n = min(8, len(dataset))
+                pictured = torch.stack([dataset[0, i * len(dataset) // n][0] for i in range(n)])
                 save_picture(os.path.join(args.out, "predictions.png"), arm, normalize(pictured, device))
         if interrupted or not inside_epoch or progress.checkpoint_due():
             progress.save(dict(model=arm.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch))
@@ -802,7 +822,8 @@ def main():
     if first:
         command = f"torchrun --standalone --nproc_per_node {process()[1]} finetune.py --init {args.out}/last.pth"
         if args.data:
-            command += f" --data {args.data} --model {args.model}"
+            labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
+            command += f" --data {labelled} --model {args.model}"
             if args.patch_size != 16:
                 command += f" --image_size {args.image_size} --patch_size {args.patch_size}"
             if args.batch_size < 1024:  # finetuning's

@@ -83,12 +83,14 @@ def test_evaluation_counts_every_image_once_and_leaves_out_the_unreadable(monkey
             return 10
 
         def __getitem__(self, key):
-            return torch.full((3, 1, 1), key[1], dtype=torch.uint8), key[1] % 7 if key[1] != 9 else -1, -1
+            label, unreadable = (-1, 9) if key[1] == 9 else (key[1] % 7, -1)
+            return torch.full((3, 1, 1), key[1], dtype=torch.uint8), label, unreadable
 
     monkeypatch.setattr(finetune.dist, "all_reduce", lambda t: None)
+    monkeypatch.setattr(finetune, "gather", lambda mine: mine)
     args = SimpleNamespace(batch_size=4, accum_steps=1, workers=0)
     top1, top5, loss, left_out = finetune.evaluate(Stub(), Data(), args, torch.device("cpu"))
-    assert left_out == 1
+    assert left_out == [9]
     assert top1 == pytest.approx(100 * 2 / 9)  # images 0 and 6
     assert top5 == pytest.approx(100 * 8 / 9)  # all but image 5, at place 6
     expected = torch.nn.functional.cross_entropy(logits[:9], torch.arange(9) % 7)
@@ -321,6 +323,18 @@ def test_a_corrupt_file_is_named_once_and_too_many_stop_the_run(tmp_path):
     assert "Traceback" not in output, output
 
 
+def test_a_corrupt_file_of_val_is_left_out_and_named_once(images, tmp_path):
+    shutil.copytree(images, tmp_path / "data")
+    (tmp_path / "data" / "val" / "dog" / "03.png").write_bytes(b"")
+    for run in processes("finetune", *FINETUNE, "--epochs", 2, "--data", tmp_path / "data", "--out", tmp_path / "out"):
+        code, output = run.wait()
+        assert code == 0, output
+    assert [e["unreadable"] for e in log(tmp_path / "out") if "unreadable" in e] == [os.path.join("val", "dog/03.png")]
+    assert [entry["unreadable_val_images"] for entry in epochs_of(tmp_path / "out")] == [1, 1]
+    code, output = script("finetune", *FINETUNE, "--data", tmp_path / "data", "--eval", tmp_path / "out" / "last.pth")
+    assert code == 0 and "over 9 images" in output and "Cannot decode val/dog/03.png" in output, output
+
+
 def kill_a_loader_worker():
     import multiprocessing
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -425,6 +439,7 @@ def test_two_nodes_train_together(images, alone, tmp_path):
     ("finetune", ["--eval", "PRETRAINED"], "has no classifier of 10 classes"),
     ("finetune", ["--init", "PRETRAINED", "--model", "arm_small"], "made with --model arm_tiny --image_size 48"),
     ("finetune", ["--smoothing", 2], "--smoothing is from 0 to 1"),
+    ("finetune", ["--min_lr", 1], "--min_lr 1 is above the peak learning rate"),
     ("finetune", ["--mixup", 0.8, "--batch_size", 33], "Mixup and CutMix mix pairs")])
 def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, arguments, sentence):
     from arm import ARM, MODELS
@@ -455,6 +470,27 @@ def test_two_processes_say_what_is_wrong_once(tmp_path):
     results = [run.wait() for run in processes("pretrain", "--data", "/nowhere", "--out", tmp_path)]
     assert [code for code, _ in results] == [2, 2]
     assert sum(output.count("There is no folder /nowhere") for _, output in results) == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(images, tmp_path):
+    first, _ = pretrain.open_log(str(tmp_path / "log.jsonl"))  # this process is the first run
+    arguments = [*PRETRAIN, "--data", images, "--epochs", 1, "--warmup_epochs", 0, "--out", tmp_path]
+    code, output = script("pretrain", *arguments)
+    assert code == 2 and f"Another run writes to {tmp_path}" in output and "Traceback" not in output, output
+    os.close(first)
+    code, output = script("pretrain", *arguments)
+    assert code == 0, output
+
+
+def test_other_classes_than_those_finetuned_on_are_refused_even_if_as_many(images, alone, tmp_path):
+    shutil.copytree(images, tmp_path / "renamed")
+    for part in ("train", "val"):
+        (tmp_path / "renamed" / part / "cat").rename(tmp_path / "renamed" / part / "zebra")
+    arguments = [*FINETUNE, "--epochs", 2, "--data", tmp_path / "renamed", "--out", tmp_path / "out"]
+    checkpoint = alone("finetune", [*FINETUNE, "--epochs", 2]) / "last.pth"
+    for flag in ("--eval", "--resume"):
+        code, output = script("finetune", *arguments, flag, checkpoint)
+        assert code == 2 and "cat is only among one of them" in output and "Traceback" not in output, output
 
 
 def test_resuming_with_another_model_or_batch_is_refused(images, alone, tmp_path):
