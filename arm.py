@@ -532,6 +532,8 @@ class ARMClassifier(nn.Module):
         self.image_size, self.pool = image_size, pool
         self.activation_checkpointing = False  # as in ARM
         self.grid = patch_grid(image_size, patch_size)
+        if self.grid == 1:
+            raise ValueError(f"one patch of {patch_size}x{patch_size} pixels is the whole image: choose a smaller one")
         self.register_buffer("orders", scan_orders(self.grid), persistent=False)  # (4, L)
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
         self.drop_path_rates = [0.0, *rates[:-1]]  # block i has the rate of block i - 1, as in the released code
@@ -652,13 +654,16 @@ def read_checkpoint(path_or_url):
 def resize_position(pos_embed, grid, cls):
     """A position code (1, L, D), with or without CLS, bicubic-resized to grid x grid patches.
 
-    Returns (1, grid * grid, D), or with `cls` (1, grid * grid + 1, D), a CLS code of zero where there was none.
+    Returns (1, grid * grid, D), or with `cls` (1, grid * grid + 1, D), a CLS code of zero where there was none. Raises
+    ValueError where it is of no square image.
     """
     middle = pos_embed.new_zeros(1, 1, pos_embed.shape[-1])
     if math.isqrt(pos_embed.shape[1]) ** 2 != pos_embed.shape[1]:
         i = (pos_embed.shape[1] - 1) // 2
         pos_embed, middle = without_cls(pos_embed), pos_embed[:, i : i + 1]
     side = math.isqrt(pos_embed.shape[1])
+    if side**2 != pos_embed.shape[1]:
+        raise ValueError(f"a position code of {pos_embed.shape[1]} patches is of no square image")
     if side != grid:
         square = pos_embed.mT.unflatten(2, (side, side))  # (1, D, rows, columns)
         pos_embed = F.interpolate(square, size=(grid, grid), mode="bicubic").flatten(2).mT
@@ -679,9 +684,10 @@ def load_weights(model, path_or_url, ema=False):
     if ema and part not in checkpoint:
         raise ValueError(f"{path_or_url} holds no averaged weights (model_ema): load it without ema")
     found = checkpoint.get(part, checkpoint)
-    found = {rename_released(k): v for k, v in found.items() if isinstance(v, torch.Tensor)}
-    if not any(k.startswith(ENCODER) for k in found):
+    if not isinstance(found, dict) or not any(str(k).startswith(ENCODER) for k in found):
         raise ValueError(f"{path_or_url} holds no weights of an ARM model")
+    found = {rename_released(k): v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    parts, four = {k.split(".")[0] for k in found}, any(".directions.1." in k for k in found)
     made, sizes = checkpoint.get("args"), ("model", "image_size", "patch_size")
     ours = isinstance(made, dict) and all(name in made for name in sizes)
     how = f", made with {' '.join(f'--{name} {made[name]}' for name in sizes)}," if ours else ""
@@ -696,10 +702,10 @@ def load_weights(model, path_or_url, ema=False):
             found["pos_embed"] = own["pos_embed"]  # fixed
     loaded, fresh = {}, set()
     for name, tensor in own.items():
-        source = name if name in found else re.sub(r"directions\.\d\.", "directions.0.", name)
+        source = name if four else re.sub(r"directions\.\d\.", "directions.0.", name)
         if source in found and found[source].shape == tensor.shape:
             loaded[name] = found[source]
-        elif source not in found and not name.startswith(ENCODER):
+        elif name.split(".")[0] not in parts and not name.startswith(ENCODER):
             fresh.add(name.split(".")[0])
         elif classifier and name.startswith("head."):
             fresh.add("head")

@@ -255,7 +255,8 @@ def get_args():
     parser.add_argument("--data", metavar="DIR", help="train/CLASS/* and val/CLASS/*. Without it, the demonstration")
     parser.add_argument("--init", metavar="CKPT", help="pretrained weights, a file or URL. Without it, or "
                         "with none, from scratch; the demonstration looks for its own pretraining first")
-    parser.add_argument("--eval", metavar="CKPT", help="evaluate these weights, a file or URL, on val/ and stop")
+    parser.add_argument("--eval", metavar="CKPT", help="evaluate these weights, a file or URL, on val/ and stop; of "
+                        "our own, the model's size and pooling are known")
     add_common_arguments(parser, out="runs/finetune", image_size=224, epochs=100, blr=5e-4, batch_size=1024)
     parser.add_argument("--pool", choices=["mean", "cls"], default="mean", help="what the classifier reads")
     parser.add_argument("--min_lr", type=float, default=1e-6, help="learning rate at the end")
@@ -268,7 +269,14 @@ def get_args():
     parser.add_argument("--crop_scale", type=float, default=0.08, help="smallest share of an image that a crop shows")
     parser.add_argument("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     parser.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
-    args = parse_args(parser, DEMONSTRATION, RECIPES)
+    made = {}
+    with bad_input():
+        evaluated = parser.parse_known_args()[0].eval
+        own = read_checkpoint(evaluated).get("args") if evaluated else None
+        if isinstance(own, dict):  # a checkpoint of ours tells what model it is of
+            made = {name: own[name] for name in ("model", "image_size", "patch_size", "pool") if name in own}
+    parser.set_defaults(**made)
+    args = parse_args(parser, {**DEMONSTRATION, **made}, RECIPES)
     with bad_input():
         for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
             if not 0 <= getattr(args, name) <= 1:
@@ -326,13 +334,13 @@ def main():
             check_classes(args.resume or args.out, checkpoint, classes)
         if args.init != "none" and not checkpoint:
             from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
-    ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True, broadcast_buffers=False)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     ema.update_parameters(model)  # the first call copies: the average starts from the initial weights
     prepare(ema.module, args)
-    best = 0.0
+    best = -1.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         ema.module.load_state_dict(checkpoint["model_ema"])

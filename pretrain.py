@@ -25,16 +25,17 @@ import re
 import signal
 import sys
 import time
+import traceback
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import decode_image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -99,38 +100,42 @@ def process():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def explain(error):
+    """What ends the run, as a Stop: one sentence for what a user can act on, else the traceback."""
+    text = str(error)
+    if isinstance(error, Stop):
+        return error
+    if isinstance(error, KeyboardInterrupt):  # while it trains, Progress catches the signal
+        return Stop("Interrupted.", code=os.EX_TEMPFAIL)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
+                    "--activation_checkpointing.", everywhere=False)
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return Stop("Out of memory: use fewer --workers, or a larger --accum_steps.", everywhere=False)
+    if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):  # its pipe, or its end
+        return Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
+    if isinstance(error, OSError):
+        return Stop(f"{error.filename or 'A file'}: {error.strerror or error}.", everywhere=False)
+    if isinstance(error, dist.DistError) or re.match(".*(onnection|imed out|gloo|NCCL)", text):
+        return Stop(f"Lost the connection to another process, which ended or hangs: {text.splitlines()[0]}",
+                    everywhere=False)
+    return Stop("".join(traceback.format_exception(error)), everywhere=False)
+
+
 def run(main):
-    """Call main(); what a user can act on ends in one sentence and a non-zero exit on every process, without a hang."""
-    rank, _ = process()
-    worker_died = Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
+    """Call main(); whatever stops it ends every process with a message and a non-zero exit, without a hang."""
     try:
         main()
-    except Stop as stop:
-        end = stop
-    except KeyboardInterrupt:  # while it trains, Progress catches the signal
-        end = Stop("Interrupted.", code=os.EX_TEMPFAIL)
-    except torch.OutOfMemoryError:
-        end = Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
-                   "--activation_checkpointing.", everywhere=False)
-    except (ConnectionError, EOFError):  # of a worker's pipe; a lost process is a DistError
-        end = worker_died
-    except OSError as error:
-        end = Stop(f"{error.filename or 'A file'}: {error.strerror or error}.", everywhere=False)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            end = worker_died
-        elif isinstance(error, dist.DistError) or re.search("onnection|imed out|gloo|NCCL", str(error)):
-            end = Stop("Lost the connection to another process, which ended or hangs.", everywhere=False)
+    except BaseException as error:
+        end, (rank, _) = explain(error), process()
+        if rank == 0 or not end.everywhere:
+            print(f"\n{end}" if rank == 0 else f"\nProcess {rank}: {end}", file=sys.stderr)
         else:
-            raise
-    else:
-        dist.destroy_process_group()
-        return
-    if rank == 0 or not end.everywhere:
-        print(f"\n{end}" if rank == 0 else f"\nProcess {rank}: {end}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # torchrun ends all processes as soon as one ends: let the first one speak
-    os._exit(end.code)  # not sys.exit, which would wait for processes that are gone
+            time.sleep(3)  # torchrun ends all processes as soon as one ends: let the first one speak
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code)  # not sys.exit, which would wait for processes that are gone and workers that do not end
+    dist.destroy_process_group()
 
 
 def start_processes(device):
@@ -205,8 +210,9 @@ def read_image(path):
     dropped. Raises an exception of some kind for a file that cannot be decoded.
     """
     if path.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
-        with contextlib.suppress(RuntimeError):  # a format under another's name, or a kind that only PIL reads
-            image = decode_image(path, mode="RGB")  # (3, H, W), about twice as fast as PIL
+        # PIL reads what this cannot: a format under another's name, some kinds, and all once torchvision drops it.
+        with contextlib.suppress(RuntimeError, AttributeError):
+            image = torchvision.io.decode_image(path, mode="RGB")  # (3, H, W), about twice as fast as PIL
             return image if image.dtype == torch.uint8 else (image.int() >> 8).byte()  # 16-bit PNG
     from PIL import Image
 
@@ -299,19 +305,16 @@ class Images(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        image, unreadable = None, -1
-        for attempt in range(100):
+        unreadable = -1
+        for attempt in range(100 if self.replace else 1):
             chosen = seed_of(self.seed, epoch, index, attempt) % len(self) if attempt else index
             try:
                 image, label = self.source[chosen]
                 break
             except Exception:  # decoders raise many kinds for a damaged file
                 unreadable = index
-                if not self.replace:
-                    image, label = torch.zeros(3, 1, 1, dtype=torch.uint8), -1
-                    break
-        if image is None:
-            raise ValueError("100 images in a row could not be decoded.")
+        else:  # black; a run in which so many cannot be decoded is about to stop
+            image, label = torch.zeros(3, 1, 1, dtype=torch.uint8), 0 if self.replace else -1
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
             return self.transform(image), label, unreadable
@@ -631,21 +634,23 @@ def log_key(entry):
 
 
 def open_log(path):
-    """Open a log of JSON lines to append to; half a line, left by a crash, is taken off its end first.
+    """Open a log of JSON lines to append to; what a crash has left of a line is taken off its end first.
 
     Returns its file descriptor, which holds a lock while the process lives, and the keys of its lines.
     """
-    log = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    log, end, keys = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), 0, set()
     try:
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
             raise Stop(f"Another run writes to {os.path.dirname(path)}: wait for it, or give another --out.", code=2,
                        everywhere=False) from None
-    text = os.pread(log, os.fstat(log).st_size, 0)
-    whole = text[: text.rfind(b"\n") + 1]
-    os.ftruncate(log, len(whole))
-    return log, {log_key(json.loads(line)) for line in whole.splitlines()}
+    with contextlib.suppress(ValueError):
+        for line in os.pread(log, os.fstat(log).st_size, 0).splitlines(keepends=True):
+            keys.add(log_key(json.loads(line if line.endswith(b"\n") else b"")))
+            end += len(line)
+    os.ftruncate(log, end)
+    return log, keys
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -771,7 +776,7 @@ def main():
         from_first_process(lambda: check_run(args, len(source)))
         checkpoint = resume_checkpoint(args, arm, len(source))
     prepare(arm, args)
-    model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True, broadcast_buffers=False)
     decayed = [p for p in arm.parameters() if p.ndim > 1]
     others = [p for p in arm.parameters() if p.ndim <= 1]
     groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
@@ -821,13 +826,14 @@ def main():
     progress.bar.close()
     if first:
         command = f"torchrun --standalone --nproc_per_node {process()[1]} finetune.py --init {args.out}/last.pth"
+        usual = DEMONSTRATION
         if args.data:
             labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
-            command += f" --data {labelled} --model {args.model}"
-            if args.patch_size != 16:
-                command += f" --image_size {args.image_size} --patch_size {args.patch_size}"
-            if args.batch_size < 1024:  # finetuning's
-                command += f" --batch_size {args.batch_size}"
+            command += f" --data {labelled} --batch_size {min(args.batch_size, 1024)}"
+            usual = dict(patch_size=16, image_size=args.image_size) if args.patch_size == 16 else {}  # 224 follows 192
+        for name in ("model", "image_size", "patch_size"):
+            if getattr(args, name) != usual.get(name):
+                command += f" --{name} {getattr(args, name)}"
         print(f"Done: weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png.\n"
               f"Next, finetune: {command}")
 

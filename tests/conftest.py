@@ -1,5 +1,6 @@
 """What the tests share: golden values, small image folders, and a way to run the scripts as users do, but faster."""
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,6 +49,7 @@ class Running:
         os.close(handle)
         self.process = server.Process(target=child, args=(script, argv, env or {}, self.path, before))
         self.process.start()
+        atexit.register(self.process.kill)  # a test that fails may leave it running
         self.pid = self.process.pid
 
     def wait(self, timeout=300):
@@ -66,11 +69,15 @@ def script(name, *argv, env=None, before=None):
     return Running(name, *argv, env=env, before=before).wait()
 
 
-def processes(name, *argv, n=2, before=None):
-    """Start a script in n processes that know of each other, as torchrun would."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def processes(name, *argv, n=2, before=None):
+    """Start a script in n processes that know of each other, as torchrun would."""
+    port = free_port()
     return [Running(name, *argv, before=before, env=dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n),
                                                         LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
                                                         MASTER_PORT=str(port))) for r in range(n)]
@@ -94,21 +101,20 @@ def same_weights(a, b, part="model"):
 
 
 def write_images(folder, n, seed=0, size=20):
-    from torchvision.io import write_png
-
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     for i in range(n):
-        write_png(torch.randint(256, (3, size, size + 3), generator=generator).byte(), str(folder / f"{i:02}.png"))
+        pixels = torch.randint(256, (3, size, size + 3), generator=generator).byte()
+        to_pil_image(pixels).save(folder / f"{i:02}.png")
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """An image folder: train/ with 2 x 8 images, val/ with 2 x 5."""
+    """An image folder: train/ with 2 x 8 images, val/ with 5 and 6, an odd number that two processes cannot halve."""
     root = tmp_path_factory.mktemp("images")
     for c, name in enumerate(("cat", "dog")):
         write_images(root / "train" / name, 8, seed=c)
-        write_images(root / "val" / name, 5, seed=10 + c)
+        write_images(root / "val" / name, 5 + c, seed=10 + c)
     return root
 
 

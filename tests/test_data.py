@@ -78,7 +78,7 @@ def test_listing_finds_all_images_below_a_folder_in_a_fixed_order(tmp_path):
 
 def test_image_files_give_name_image_and_class(images):
     classes, train, val = find_images(str(images), evaluate_only=False)
-    assert classes == ["cat", "dog"] and len(train) == 16 and len(val) == 10
+    assert classes == ["cat", "dog"] and len(train) == 16 and len(val) == 11
     files = ImageFiles(str(images / "train"), train, classes)
     assert [files.name(i) for i in range(16)] == train
     image, label = files[9]
@@ -185,20 +185,31 @@ def test_an_unreadable_file_is_replaced_by_another_the_same_one_every_time(tmp_p
     assert (label, unreadable) == (-1, 3)
 
 
+def test_pil_reads_all_where_torchvision_has_no_decoder(tmp_path, monkeypatch):
+    Image.fromarray(photo()).save(tmp_path / "photo.jpg")
+    ours = read_image(str(tmp_path / "photo.jpg"))
+    monkeypatch.delattr("torchvision.io.decode_image")
+    assert (read_image(str(tmp_path / "photo.jpg")).int() - ours.int()).abs().max() <= 1
+
+
 # Augmentation
 
 
-def test_randaugment_applies_each_of_two_operations_half_of_the_time():
+def test_randaugment_applies_each_of_two_operations_half_of_the_time_at_a_magnitude_drawn_around_nine():
     image = torch.from_numpy(photo()).permute(2, 0, 1)
     augment = RandAugment(9)
-    names = []
-    augment.apply = lambda image, name, magnitude: names.append(name) or image
+    applied = []
+    augment.apply = lambda image, name, magnitude: applied.append((name, magnitude)) or image
     torch.manual_seed(0)
     for _ in range(3000):
         augment(image)
-    assert len(names) == pytest.approx(3000, rel=0.05)
-    counts = [names.count(name) for name in RandAugment._AUGMENTATION_SPACE]
+    assert len(applied) == pytest.approx(3000, rel=0.05)
+    counts = [[name for name, _ in applied].count(name) for name in RandAugment._AUGMENTATION_SPACE]
     assert len(counts) == 15 and min(counts) > 140 and max(counts) < 260
+    shears = torch.tensor([magnitude / 0.03 for name, magnitude in applied if name.startswith("Shear")])
+    assert (shears < 0).float().mean() == pytest.approx(0.5, abs=0.1)  # of either sign
+    assert shears.abs().median() == pytest.approx(9, abs=0.1) and shears.abs().max() <= 10
+    assert 0.4 < shears.abs().std() < 0.52  # magnitude 9, spread 0.5, at most 10
 
 
 def test_randaugments_severities_are_timms_increasing_ones():

@@ -454,8 +454,14 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a list"):
         load_weights(small_arm(), tmp_path / "list.pth")
     torch.save(dict(model=dict(a=torch.zeros(1))), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="no weights of an ARM"):
-        load_weights(small_arm(), tmp_path / "other.pth")
+    torch.save(dict(model=[torch.zeros(1)]), tmp_path / "tensors.pth")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pth")
+    for name in ("other.pth", "tensors.pth", "numbers.pth"):
+        with pytest.raises(ValueError, match="no weights of an ARM"):
+            load_weights(small_arm(), tmp_path / name)
+    torch.save(dict(weights_of("official_finetune224.pth"), pos_embed=torch.zeros(1, 11, 16)), tmp_path / "places.pth")
+    with pytest.raises(ValueError, match="no square image"):
+        load_weights(small_classifier(), tmp_path / "places.pth")
 
 
 @pytest.mark.parametrize("changes, sentence", [
@@ -476,6 +482,20 @@ def test_a_head_of_other_classes_stays_fresh_and_one_line_says_so(capsys):
     assert torch.equal(model.head.weight, head)
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and "fresh: head; ignored: none." in line
+
+
+@pytest.mark.parametrize("file, missing", [("official_finetune224.pth", "layers.2.mixer.x_proj_c_b.weight"),
+                                           ("official_pretrain.pth", "enc2dec.weight"),
+                                           ("official_pretrain.pth", "dec_block.3.mlp.fc1.weight")])
+def test_weights_of_which_a_part_is_missing_are_refused_and_nothing_is_loaded(tmp_path, file, missing):
+    found = weights_of(file)
+    del found[missing]
+    torch.save(dict(model=found), tmp_path / "part.pth")
+    model = small_classifier() if "finetune" in file else small_arm()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"it has no {rename_released(missing)}"):
+        load_weights(model, tmp_path / "part.pth")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_pretrained_weights_are_copied_to_all_four_directions():

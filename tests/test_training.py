@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, processes, same_weights, script, weights, write_images
+from conftest import ROOT, free_port, processes, same_weights, script, weights, write_images
 from soak import FINETUNE, PRETRAIN, TINY, survive
 
 import finetune
@@ -59,6 +59,70 @@ def test_the_defaults_are_the_papers_recipe(monkeypatch, module, argv, expected)
     monkeypatch.setattr(sys, "argv", [module.__name__, "--data", "somewhere", *argv])
     args = vars(module.get_args())
     assert {k: args[k] for k in expected} == expected
+
+
+def record_a_step(module):
+    """Saves what the second step of a run is made of: what optimizer and loss are given, and how crops are drawn."""
+    seen = {}
+
+    def recording(owner, name, record):
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            record(*args, **kwargs)
+            return function(*args, **kwargs)
+        setattr(owner, name, wrapper)
+
+    def on_step(model, optimizer, loss, clip_grad=math.inf):
+        names = {id(p): k.removeprefix("module.") for k, p in model.named_parameters()}
+        seen["clip_grad"] = clip_grad
+        seen["parameters"] = {names[id(p)]: {k: group[k] for k in ("lr", "betas", "weight_decay")}
+                              for group in optimizer.param_groups for p in group["params"]}
+        seen["steps"] = seen.get("steps", 0) + 1
+        if seen["steps"] == 2:
+            torch.save(seen, os.environ["RECORD"])
+
+    def on_loss(logits, targets, **kwargs):
+        if targets.ndim == 2:  # not in evaluation
+            seen.update(targets=targets.detach().clone(), label_smoothing=kwargs.get("label_smoothing"))
+
+    def on_crop(size, scale, interpolation):
+        seen.update(crop=(size, scale, interpolation.value))
+
+    recording(module, "optimizer_step", on_step)
+    recording(module.F, "cross_entropy", on_loss)
+    recording(module.v2, "RandomResizedCrop", on_crop)
+
+
+def a_recorded_step(name, arguments, images, tmp_path):
+    """The record of step 2 of 4, the warm-up being two steps, with --blr 1 and a batch of 8."""
+    code, output = script(name, *TINY, "--epochs", 2, "--workers", 0, "--blr", 1, "--data", images, "--out",
+                          tmp_path / "out", *arguments, env=dict(RECORD=str(tmp_path / "record")), before=record_a_step)
+    assert code == 0, output
+    return torch.load(tmp_path / "record")
+
+
+def test_a_pretraining_step_is_that_of_the_recipe(images, tmp_path):
+    step = a_recorded_step("pretrain", ["--cluster_size", 2], images, tmp_path)
+    assert step["clip_grad"] == 3.0 and step["crop"] == (16, (0.2, 1), "bicubic")
+    rate = 0.5 * 8 / 256  # half of the warm-up, of --blr x batch / 256
+    model = pretrain.ARM(16, 4, 2, **pretrain.MODELS["arm_tiny"], decoder_dim=128)
+    assert step["parameters"] == {name: dict(lr=rate, betas=(0.9, 0.95), weight_decay=0.05 if p.ndim > 1 else 0.0)
+                                  for name, p in model.named_parameters()}
+
+
+def test_a_finetuning_step_is_that_of_the_recipe(images, tmp_path):
+    step = a_recorded_step("finetune", [], images, tmp_path)
+    assert step["clip_grad"] == math.inf and step["crop"] == (16, (0.08, 1), "bicubic")
+    assert step["label_smoothing"] == 0.1
+    assert step["targets"].shape == (8, 2) and (step["targets"].sum(1) - 1).abs().max() < 1e-6
+    assert ((step["targets"] > 0.01) & (step["targets"] < 0.99)).any()  # mixed
+    rates = {name: p["lr"] / (0.5 * 8 / 256) for name, p in step["parameters"].items()}
+    assert rates["head.bias"] == rates["norm.weight"] == 1 and rates["layers.5.mlp.w1.weight"] == pytest.approx(0.65)
+    assert rates["layers.0.norm1.bias"] == pytest.approx(0.65**6) and rates["pos_embed"] == pytest.approx(0.65**7)
+    assert {p["betas"] for p in step["parameters"].values()} == {(0.9, 0.999)}
+    undecayed = {name for name, p in step["parameters"].items() if p["weight_decay"] == 0}
+    assert {"cls_token", "pos_embed", "head.bias"} <= undecayed and "layers.0.mixer.in_proj.weight" not in undecayed
 
 
 def ranked_logits(n=10):
@@ -236,6 +300,9 @@ def test_the_log_is_whole_lines_after_any_crash(alone, tmp_path):
     descriptor, logged = pretrain.open_log(str(tmp_path / "log.jsonl"))
     os.close(descriptor)
     assert (tmp_path / "log.jsonl").read_bytes() == before and logged == {1, 2, 3, 4, 5, 6}
+    (tmp_path / "log.jsonl").write_bytes(before + bytes(9) + b"\n")  # what a file system may leave when power is lost
+    os.close(pretrain.open_log(str(tmp_path / "log.jsonl"))[0])
+    assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
 def small_disk(module):
@@ -332,7 +399,15 @@ def test_a_corrupt_file_of_val_is_left_out_and_named_once(images, tmp_path):
     assert [e["unreadable"] for e in log(tmp_path / "out") if "unreadable" in e] == [os.path.join("val", "dog/03.png")]
     assert [entry["unreadable_val_images"] for entry in epochs_of(tmp_path / "out")] == [1, 1]
     code, output = script("finetune", *FINETUNE, "--data", tmp_path / "data", "--eval", tmp_path / "out" / "last.pth")
-    assert code == 0 and "over 9 images" in output and "Cannot decode val/dog/03.png" in output, output
+    assert code == 0 and "over 10 images" in output and "Cannot decode val/dog/03.png" in output, output
+
+
+def test_a_folder_of_nothing_but_corrupt_files_stops_the_run_with_a_sentence(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(16):
+        (tmp_path / "data" / f"{i}.jpg").write_bytes(b"not a photograph")
+    code, output = script("pretrain", *PRETRAIN, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert code == 1 and "8 of 16 images cannot be decoded" in output and "Traceback" not in output, output
 
 
 def kill_a_loader_worker():
@@ -362,6 +437,41 @@ def kill_a_loader_worker_while_saving(module):
 def test_a_dead_loader_worker_ends_the_run_with_a_sentence(images, tmp_path, before):
     code, output = script("pretrain", *PRETRAIN, "--data", images, "--epochs", 200, "--out", tmp_path, before=before)
     assert code == 1 and "data loader worker died" in output and "Traceback" not in output, output
+
+
+def fault_at_step_2(module):
+    """What no sentence is for: a fault of the program, or of the GPU."""
+    def after_step(self, *args):
+        raise RuntimeError("an illegal memory access")
+
+    module.Progress.after_step = after_step
+
+
+def test_a_fault_ends_every_process_with_its_traceback_and_no_hang(images, tmp_path):
+    for run in processes("finetune", *FINETUNE, "--data", images, "--out", tmp_path, before=fault_at_step_2):
+        code, output = run.wait(60)
+        assert code == 1 and "an illegal memory access" in output and "Traceback" in output, output
+
+
+def fault_in_a_loader_worker(module):
+    def transform(image):
+        raise RuntimeError("a genuine fault")
+
+    module.v2.Compose = lambda transforms: transform
+
+
+def test_a_fault_in_a_loader_worker_is_told_as_it_is(images, tmp_path):
+    code, output = script("pretrain", *PRETRAIN, "--data", images, "--out", tmp_path, before=fault_in_a_loader_worker)
+    assert code == 1 and "a genuine fault" in output and "want of memory" not in output, output
+
+
+def want_memory(module):
+    module.ARM.forward = lambda self, images: images.new_empty(10**15)
+
+
+def test_want_of_memory_ends_the_run_with_a_sentence(images, tmp_path):
+    code, output = script("pretrain", *PRETRAIN, "--data", images, "--out", tmp_path, before=want_memory)
+    assert code == 1 and "Out of memory: use fewer --workers" in output and "Traceback" not in output, output
 
 
 # torchrun
@@ -399,16 +509,22 @@ def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(images, alon
     assert close(alone("pretrain", arguments) / "last.pth", tmp_path / "killed" / "last.pth")
 
 
-def test_two_nodes_train_together(images, alone, tmp_path):
-    arguments = [*PRETRAIN, "--epochs", 2]
-    rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:29511",
-                  "--rdzv_id", os.getpid()]
-    nodes = [torchrun(*rendezvous, "pretrain.py", *arguments, "--workers", 0, "--data", images, "--out",
-                      tmp_path / "two") for _ in range(2)]
-    for node in nodes:
-        output, _ = node.communicate(timeout=300)
-        assert node.returncode == 0, output
-    assert close(alone("pretrain", arguments) / "last.pth", tmp_path / "two" / "last.pth")
+@pytest.mark.skipif(not os.path.exists("/proc/self/environ"), reason="finds the worker to kill in /proc")
+def test_two_nodes_train_together_and_go_on_after_a_worker_of_one_is_killed(images, alone, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the README says
+    arguments = [*PRETRAIN, "--epochs", 12, "--workers", 0]
+    rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 2, "--rdzv_backend", "c10d",
+                  "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", os.getpid()]
+    out = tmp_path / "two"
+    nodes = [torchrun(*rendezvous, "pretrain.py", *arguments, "--data", images, "--out", out) for _ in range(2)]
+    while not (out / "last.pth").exists():
+        time.sleep(0.1)
+        assert all(node.poll() is None for node in nodes), [node.stdout.read() for node in nodes]
+    os.kill(next(worker_pids(out)), signal.SIGKILL)
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert all(node.returncode == 0 for node in nodes), outputs
+    assert "".join(outputs).count("from step") == 2, outputs
+    assert close(alone("pretrain", arguments) / "last.pth", out / "last.pth")
 
 
 # Bad input
@@ -440,6 +556,7 @@ def test_two_nodes_train_together(images, alone, tmp_path):
     ("finetune", ["--init", "PRETRAINED", "--model", "arm_small"], "made with --model arm_tiny --image_size 48"),
     ("finetune", ["--smoothing", 2], "--smoothing is from 0 to 1"),
     ("finetune", ["--min_lr", 1], "--min_lr 1 is above the peak learning rate"),
+    ("finetune", ["--image_size", 8], "one patch of 8x8 pixels is the whole image"),
     ("finetune", ["--mixup", 0.8, "--batch_size", 33], "Mixup and CutMix mix pairs")])
 def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, arguments, sentence):
     from arm import ARM, MODELS
