@@ -192,7 +192,7 @@ def evaluate(model, dataset, args, device):
     """
     rank, processes = process()
     mine = [(0, i) for i in range(rank, len(dataset), processes)]
-    size = max(1, args.batch_size // (processes * args.accum_steps))
+    size = max(1, 4 * args.batch_size // (processes * args.accum_steps))  # no gradients: four times fit, and are faster
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     totals, left_out = torch.zeros(4, dtype=torch.float64, device=device), set()
     model.eval()

@@ -103,6 +103,7 @@ def process():
 def explain(error):
     """What ends the run, as a Stop: one sentence for what a user can act on, else the traceback."""
     text = str(error)
+    first_line = text.partition("\n")[0]
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):  # while it trains, Progress catches the signal
@@ -116,9 +117,8 @@ def explain(error):
         return Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
     if isinstance(error, OSError):
         return Stop(f"{error.filename or 'A file'}: {error.strerror or error}.", everywhere=False)
-    if isinstance(error, dist.DistError) or re.match(".*(onnection|imed out|gloo|NCCL)", text):
-        return Stop(f"Lost the connection to another process, which ended or hangs: {text.splitlines()[0]}",
-                    everywhere=False)
+    if isinstance(error, dist.DistError) or re.search("onnection|imed out|gloo|NCCL", first_line):
+        return Stop(f"Lost the connection to another process, which ended or hangs ({first_line}).", everywhere=False)
     return Stop("".join(traceback.format_exception(error)), everywhere=False)
 
 
@@ -126,7 +126,7 @@ def run(main):
     """Call main(); whatever stops it ends every process with a message and a non-zero exit, without a hang."""
     try:
         main()
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         end, (rank, _) = explain(error), process()
         if rank == 0 or not end.everywhere:
             print(f"\n{end}" if rank == 0 else f"\nProcess {rank}: {end}", file=sys.stderr)

@@ -152,7 +152,7 @@ def test_evaluation_counts_every_image_once_and_leaves_out_the_unreadable(monkey
 
     monkeypatch.setattr(finetune.dist, "all_reduce", lambda t: None)
     monkeypatch.setattr(finetune, "gather", lambda mine: mine)
-    args = SimpleNamespace(batch_size=4, accum_steps=1, workers=0)
+    args = SimpleNamespace(batch_size=1, accum_steps=1, workers=0)
     top1, top5, loss, left_out = finetune.evaluate(Stub(), Data(), args, torch.device("cpu"))
     assert left_out == [9]
     assert top1 == pytest.approx(100 * 2 / 9)  # images 0 and 6
@@ -581,6 +581,12 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(images, tmp_path, name, ar
     assert code == 2 and sentence in output and "Traceback" not in output, output
     assert not (tmp_path / "out" / "last.pth").exists()
     assert "do not tile" not in sentence or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, recipe", [("pretrain", "1600"), ("finetune", "0.65")])
+def test_help_tells_every_default_of_the_recipe(name, recipe):
+    code, output = script(name, "--help")
+    assert code == 0 and f"(default: {recipe})" in " ".join(output.split()), output
 
 
 def test_two_processes_say_what_is_wrong_once(tmp_path):
