@@ -698,7 +698,10 @@ def load_weights(model, path_or_url, ema=False):
     classifier = isinstance(model, ARMClassifier)
     if "pos_embed" in found and found["pos_embed"].ndim == 3:
         if classifier:
-            found["pos_embed"] = resize_position(found["pos_embed"], model.grid, cls=True)
+            try:
+                found["pos_embed"] = resize_position(found["pos_embed"], model.grid, cls=True)
+            except ValueError as error:
+                raise ValueError(f"{misfit}: {error}") from None
         else:
             found["pos_embed"] = own["pos_embed"]  # fixed
     loaded, fresh = {}, set()

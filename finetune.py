@@ -192,7 +192,7 @@ def evaluate(model, dataset, args, device):
     """
     rank, processes = process()
     mine = [(0, i) for i in range(rank, len(dataset), processes)]
-    size = max(1, 4 * args.batch_size // (processes * args.accum_steps))  # no gradients: four times fit, and are faster
+    size = max(64, args.batch_size // (processes * args.accum_steps))  # without gradients these fit, and fewer are slow
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     totals, left_out = torch.zeros(4, dtype=torch.float64, device=device), set()
     model.eval()
@@ -238,19 +238,30 @@ def find_images(folder, evaluate_only):
     return classes, train, val
 
 
-def check_classes(path, checkpoint, classes):
-    """Raises ValueError where a checkpoint of ours is of other classes than the images; released ones do not say."""
-    its_own = checkpoint.get("classes", classes)
-    only_in_one = set(its_own) ^ set(classes)
+def check_classes(path, its_own, classes):
+    """Raises ValueError where a checkpoint's classes, None if it names none, are others than the images'."""
+    only_in_one = set(its_own or classes) ^ set(classes)
     if only_in_one:
         raise ValueError(f"{path} was finetuned on {len(its_own)} classes, the images are of {len(classes)}, and "
                          f"{min(only_in_one)} is only among one of them: give the data that it was finetuned on.")
 
 
+def describe(path):
+    """What a checkpoint tells of itself: the arguments of ours that size its model, its classes (None if it names
+    none), and whether it holds an average of the weights.
+    """
+    checkpoint = read_checkpoint(path)
+    made = checkpoint.get("args")
+    known = isinstance(made, dict) and made.get("model") in MODELS
+    sizes = {name: made[name] for name in ("model", "image_size", "patch_size", "pool") if known and name in made}
+    return sizes, checkpoint.get("classes"), "model_ema" in checkpoint
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def get_args():
+def get_args(**evaluated):
+    """The arguments. Those of the checkpoint to evaluate, if any, are then defaults."""
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", metavar="DIR", help="train/CLASS/* and val/CLASS/*. Without it, the demonstration")
     parser.add_argument("--init", metavar="CKPT", help="pretrained weights, a file or URL. Without it, or "
@@ -269,14 +280,8 @@ def get_args():
     parser.add_argument("--crop_scale", type=float, default=0.08, help="smallest share of an image that a crop shows")
     parser.add_argument("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     parser.add_argument("--erasing", type=float, default=0.25, help="probability of random erasing")
-    made = {}
-    with bad_input():
-        evaluated = parser.parse_known_args()[0].eval
-        own = read_checkpoint(evaluated).get("args") if evaluated else None
-        if isinstance(own, dict):  # a checkpoint of ours tells what model it is of
-            made = {name: own[name] for name in ("model", "image_size", "patch_size", "pool") if name in own}
-    parser.set_defaults(**made)
-    args = parse_args(parser, {**DEMONSTRATION, **made}, RECIPES)
+    parser.set_defaults(**evaluated)
+    args = parse_args(parser, {**DEMONSTRATION, **evaluated}, RECIPES)
     with bad_input():
         for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
             if not 0 <= getattr(args, name) <= 1:
@@ -284,7 +289,7 @@ def get_args():
         for name in ("min_lr", "mixup", "cutmix", "augment"):
             if not 0 <= getattr(args, name) < math.inf:
                 raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}.")
-        if args.min_lr > args.blr * args.batch_size / 256:
+        if not args.eval and args.min_lr > args.blr * args.batch_size / 256:
             raise ValueError(f"--min_lr {args.min_lr:g} is above the peak learning rate, --blr x --batch_size / 256 = "
                              f"{args.blr * args.batch_size / 256:g}.")
         if (args.mixup or args.cutmix) and args.batch_size // (process()[1] * args.accum_steps) % 2:
@@ -296,6 +301,10 @@ def get_args():
 def main():
     args = get_args()
     device = start_processes(args.device)
+    if args.eval:
+        with bad_input():
+            sizes, its_classes, has_ema = from_first_process(lambda: describe(args.eval))
+        args = get_args(**sizes)
     rank, processes = process()
     first = rank == 0
     demonstration = args.data is None
@@ -323,7 +332,9 @@ def main():
                               drop_path=args.drop_path, pool=args.pool)
     prepare(model, args)
     if args.eval:
-        return evaluate_checkpoint(args, model.to(device), classes, val_set, device)
+        with bad_input():
+            check_classes(args.eval, its_classes, classes)
+        return evaluate_checkpoint(args, model.to(device), has_ema, val_set, device)
     with bad_input():
         from_first_process(lambda: check_run(args, len(train)))
         if demonstration and args.init is None and os.path.exists("runs/demo_pretrain/last.pth"):
@@ -331,10 +342,10 @@ def main():
         args.init = args.init or "none"
         checkpoint = resume_checkpoint(args, model, len(train))
         if checkpoint:
-            check_classes(args.resume or args.out, checkpoint, classes)
+            check_classes(args.resume or args.out, checkpoint.get("classes"), classes)
         if args.init != "none" and not checkpoint:
             from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
-    ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
@@ -416,20 +427,13 @@ def main():
               f" the last weights in {args.out}/last.pth, every epoch's results in {args.out}/log.jsonl.")
 
 
-def evaluate_checkpoint(args, model, classes, val_set, device):
+def evaluate_checkpoint(args, model, has_ema, val_set, device):
     """Print the accuracy of a checkpoint's weights and, where it has one, of their average."""
-    def check():
-        checkpoint = read_checkpoint(args.eval)
-        check_classes(args.eval, checkpoint, classes)
-        return "model_ema" in checkpoint
-
-    with bad_input():
-        has_ema = from_first_process(check)
     for ema in (False, True) if has_ema else (False,):
         with bad_input():
             if "head" in from_first_process(lambda: load_weights(model, args.eval, ema)):
-                raise ValueError(f"{args.eval} has no classifier of {len(classes)} classes, as the images have: --eval "
-                                 f"takes what finetuning on such images has made.")
+                raise ValueError(f"{args.eval} has no classifier of {model.head.out_features} classes, as the images "
+                                 f"have: --eval takes what finetuning on such images has made.")
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
         top1, top5, loss, left_out = evaluate(model, val_set, args, device)

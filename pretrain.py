@@ -103,7 +103,7 @@ def process():
 def explain(error):
     """What ends the run, as a Stop: one sentence for what a user can act on, else the traceback."""
     text = str(error)
-    first_line = text.partition("\n")[0]
+    first_line = text.partition("\n")[0][:100]
     if isinstance(error, Stop):
         return error
     if isinstance(error, KeyboardInterrupt):  # while it trains, Progress catches the signal
@@ -111,7 +111,7 @@ def explain(error):
     if isinstance(error, torch.OutOfMemoryError):
         return Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
                     "--activation_checkpointing.", everywhere=False)
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|Cannot allocate memory", text):
         return Stop("Out of memory: use fewer --workers, or a larger --accum_steps.", everywhere=False)
     if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):  # its pipe, or its end
         return Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
@@ -574,8 +574,7 @@ class Progress:
 
     def name_unreadable(self, name, instead):
         """Say and log, once, that a file cannot be decoded and what is done instead."""
-        if self.first and name not in self.logged:
-            self.write_log(dict(step=self.step, unreadable=name))
+        if self.write_log(dict(step=self.step, unreadable=name)):
             self.say(f"Cannot decode {name}: {instead}.")
 
     def checkpoint_due(self):
@@ -615,13 +614,15 @@ class Progress:
         self.epoch_started, self.epoch_first_step = time.monotonic(), self.step
 
     def write_log(self, entry):
-        """Append a line, unless the run wrote it before it was interrupted. JSON has no NaN: null stands for it."""
-        if self.first and log_key(entry) not in self.logged:
-            self.logged.add(log_key(entry))
-            entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-            line = (json.dumps(entry) + "\n").encode()
-            if os.write(self.log, line) < len(line):
-                raise OSError(errno.ENOSPC, "No space left on device", os.path.join(self.args.out, "log.jsonl"))
+        """Append a line, unless the run has written it before. JSON has no NaN: null stands for it. Returns whether."""
+        if not self.first or log_key(entry) in self.logged:
+            return False
+        self.logged.add(log_key(entry))
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        line = (json.dumps(entry) + "\n").encode()
+        if os.write(self.log, line) < len(line):
+            raise OSError(errno.ENOSPC, "No space left on device", os.path.join(self.args.out, "log.jsonl"))
+        return True
 
     def say(self, line):
         if self.first:
@@ -636,19 +637,14 @@ def log_key(entry):
 def open_log(path):
     """Open a log of JSON lines to append to; what a crash has left of a line is taken off its end first.
 
-    Returns its file descriptor, which holds a lock while the process lives, and the keys of its lines.
+    Returns its file descriptor and the keys of its lines.
     """
-    log, end, keys = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), 0, set()
-    try:
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
-            raise Stop(f"Another run writes to {os.path.dirname(path)}: wait for it, or give another --out.", code=2,
-                       everywhere=False) from None
-    with contextlib.suppress(ValueError):
-        for line in os.pread(log, os.fstat(log).st_size, 0).splitlines(keepends=True):
+    log, keys, position, end = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), set(), 0, 0
+    for line in os.pread(log, os.fstat(log).st_size, 0).splitlines(keepends=True):
+        position += len(line)
+        with contextlib.suppress(ValueError):
             keys.add(log_key(json.loads(line if line.endswith(b"\n") else b"")))
-            end += len(line)
+            end = position
     os.ftruncate(log, end)
     return log, keys
 
@@ -711,16 +707,20 @@ def parse_args(parser, demonstration, recipes):
 
 
 def check_run(args, images):
-    """Raises ValueError where there are too few images for a batch, or --out cannot be written."""
+    """Raises ValueError where there are too few images for a batch, or --out cannot be written or has another run."""
     if images < args.batch_size:
         raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training images: choose a "
                          f"smaller one.")
     try:
         os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "log.jsonl"), "ab"):
-            pass
+        log = os.open(os.path.join(args.out, "log.jsonl"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
         raise ValueError(f"Cannot write to --out {args.out}: {error.strerror}.") from None
+    try:
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it stays open, and so locked, while the process lives
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
+            raise ValueError(f"Another run writes to --out {args.out}: wait for it, or give another.") from None
 
 
 def get_args():
@@ -776,7 +776,7 @@ def main():
         from_first_process(lambda: check_run(args, len(source)))
         checkpoint = resume_checkpoint(args, arm, len(source))
     prepare(arm, args)
-    model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
     decayed = [p for p in arm.parameters() if p.ndim > 1]
     others = [p for p in arm.parameters() if p.ndim <= 1]
     groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
