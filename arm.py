@@ -742,11 +742,12 @@ def load_weights(model, path_or_url, ema=False):
 # the states of a channel, and each would compute what the channel has one of: delta, the gate. So they divide the
 # tokens: each computes these for one token of a chunk, and when the walk comes to that token passes them to the others
 # (`of_token`). What threads add up, they add for CHUNK tokens at once, after which each has the sums of its own token
-# (`fold`).
+# (`fold`). Memory is slow to answer, so a thread loads what it needs of its own tokens, one in each of a group's two
+# chunks, at the start of the group, and waits once.
 
 CHUNK = tl.constexpr(4)  # tokens, as many as registers have room for the states of; and threads to a channel
 KEEP = tl.constexpr(8)  # tokens of a group, two chunks; `fold` and the walks rely on both numbers
-PAST_END = tl.constexpr(-math.inf)  # of dt: makes delta 0, which leaves the state as it is, and so its gradients
+PAST_END = tl.constexpr(-1e4)  # of dt: makes delta 0, which leaves the state as it is, and so its gradients
 LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
 FORWARD_BLOCK, BACKWARD_BLOCK, CONV_BLOCK = 32, 16, 128  # channels; the fastest of those tried on an H200
 
@@ -811,17 +812,31 @@ def fold(a, b, BIT: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """The exponential, by the GPU's of base 2; what is lost in rounding the exponent is made up for."""
+    exponent = x * LOG2E
+    e = tl.exp2(exponent)
+    return e + e * tl.fma(x, LOG2E, -exponent) * (1 / LOG2E)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x by a reciprocal square root, which is one instruction, and a Newton step; a division is many."""
+    r = tl.rsqrt(x)
+    r *= r
+    return r * (2 - x * r)
+
+
+@triton.jit
 def sigmoid(x):
-    r = tl.rsqrt(1 + tl.exp2(x * -LOG2E))  # a reciprocal square root is one instruction, a division is many
-    return r * r
+    return reciprocal(1 + exp(tl.minimum(-x, 80)))  # which stays finite
 
 
 @triton.jit
 def softplus(x):
     """max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 artanh(s) with s = e / (2 + e), at most 1 / 3."""
-    e = tl.exp2(tl.abs(x) * -LOG2E)
-    r = tl.rsqrt(2 + e)
-    s = e * r * r
+    e = exp(-tl.abs(x))
+    s = e * reciprocal(2 + e)
     q = s * s
     return tl.maximum(x, 0) + 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11))))))
 
@@ -834,18 +849,17 @@ def of_token(values, j):
 
 
 @triton.jit
-def own_token(chunk, n_thread, d, length, x, dt, bias, DIM: tl.constexpr):
-    """A thread's token of a chunk: its place, whether it is there, x, and delta before and after the softplus."""
-    t = chunk + n_thread
-    real = (t < length) & (d < DIM)
-    raw = tl.load(dt + t * DIM, real, PAST_END).to(tl.float32) + bias
-    return t, real, tl.load(x + t * DIM, real, 0.0).to(tl.float32), raw, softplus(raw)
+def next_state(h, t, j, delta, delta_x, A_2, B, n, N: tl.constexpr):
+    """The state after token t, the j-th of its chunk, given the one before it."""
+    return tl.exp2(of_token(delta, j) * A_2) * h + of_token(delta_x, j) * tl.load(B + (t * N + n))
 
 
 @triton.jit
-def next_state(h, t, j, delta, delta_x, A_2, B, N: tl.constexpr):
-    """The state after token t, the j-th of its chunk, given the one before it."""
-    return tl.exp2(of_token(delta, j) * A_2) * h + of_token(delta_x, j) * tl.load(B + t * N)
+def ungate(dy, z, ungated):
+    """The gradients of y and z, where dy is that of ungated * silu(z)."""
+    z = z.to(tl.float32)
+    s = sigmoid(z)
+    return dy * z * s, dy * ungated * s * (1 + z * (1 - s))
 
 
 @triton.jit
@@ -861,40 +875,52 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     D_ = tl.load(D + direction * DIM + d, d < DIM, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, d < DIM, 0.0)
 
-    x += sequence * length * DIM + d
-    dt += sequence * length * DIM + d
-    B += sequence * length * N + n
-    C += sequence * length * N + n
-    z += image * length * z_row + d
+    x += sequence * length * DIM
+    dt += sequence * length * DIM
+    B += sequence * length * N
+    C += sequence * length * N
+    z += image * length * z_row
     order += direction * length
-    out += sequence * length * DIM + d
-    ungated += sequence * length * DIM + d
+    out += sequence * length * DIM
+    ungated += sequence * length * DIM
     kept += sequence * tl.cdiv(length, KEEP) * DIM * N
     h = tl.zeros_like(A_2)
     for group in range(0, length, KEEP):
+        # Of its own tokens, a thread has that of the first chunk, and the next.
+        t, t_next = group + n_thread, group + CHUNK + n_thread
+        real, real_next = (t < length) & (d < DIM), (t_next < length) & (d < DIM)
+        x_t, x_next = tl.load(x + (t * DIM + d), real, 0.0), tl.load(x + (t_next * DIM + d), real_next, 0.0)
+        dt_t = tl.load(dt + (t * DIM + d), real, PAST_END)
+        dt_next = tl.load(dt + (t_next * DIM + d), real_next, PAST_END)
+        place, place_next = t, t_next  # in the order of z
+        if ORDERED:
+            place, place_next = tl.load(order + t, t < length, 0), tl.load(order + t_next, t_next < length, 0)
+        if GATED:
+            z_t = tl.load(z + (place * z_row + d), real, 0.0)
+            z_next = tl.load(z + (place_next * z_row + d), real_next, 0.0)
         if SAVE:
             store_states(kept, h, n, d, DIM, N)
             kept += DIM * N
         for chunk in range(group, tl.minimum(group + KEEP, length), CHUNK):
-            t, real, x_t, raw, delta = own_token(chunk, n_thread, d, length, x, dt, bias, DIM)
-            delta_x = delta * x_t
+            delta = softplus(dt_t.to(tl.float32) + bias)
+            delta_x = delta * x_t.to(tl.float32)
             for j in tl.static_range(CHUNK):
                 t_j = tl.minimum(chunk + j, length - 1)
-                h = next_state(h, t_j, j, delta, delta_x, A_2, B, N)
-                y_j = tl.sum(h * tl.load(C + t_j * N), 0, keep_dims=True)
+                h = next_state(h, t_j, j, delta, delta_x, A_2, B, n, N)
+                y_j = tl.sum(h * tl.load(C + (t_j * N + n)), 0, keep_dims=True)
                 if j % 2 == 0:
                     even = y_j
                 elif j == 1:
                     pair = fold(even, y_j, 3)
                 else:
-                    y = fold(pair, fold(even, y_j, 3), 4) + D_ * x_t
-            place = tl.load(order + t, t < length, 0) if ORDERED else t
+                    y = fold(pair, fold(even, y_j, 3), 4) + D_ * x_t.to(tl.float32)
             if GATED:
                 if SAVE:
-                    tl.store(ungated + place * DIM, y, real)
-                z_t = tl.load(z + place * z_row, real, 0.0).to(tl.float32)
-                y *= z_t * sigmoid(z_t)
-            tl.store(out + place * DIM, y, real)
+                    tl.store(ungated + (place * DIM + d), y, real)
+                y *= z_t.to(tl.float32) * sigmoid(z_t.to(tl.float32))
+                z_t = z_next
+            tl.store(out + (place * DIM + d), y, real)
+            x_t, dt_t, place, real = x_next, dt_next, place_next, real_next
 
 
 @triton.jit
@@ -908,61 +934,73 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     D_ = tl.load(D + direction * DIM + d, d < DIM, 0.0)
     bias = tl.load(dt_bias + direction * DIM + d, d < DIM, 0.0)
 
-    x += sequence * length * DIM + d
-    dx += sequence * length * DIM + d
-    dt += sequence * length * DIM + d
-    ddt += sequence * length * DIM + d
-    B += sequence * length * N + n
-    C += sequence * length * N + n
+    x += sequence * length * DIM
+    dx += sequence * length * DIM
+    dt += sequence * length * DIM
+    ddt += sequence * length * DIM
+    B += sequence * length * N
+    C += sequence * length * N
     dB_dC += (tl.program_id(0) + (d_thread % 2 * tl.num_programs(0)).to(tl.int64)) * length * N + n
-    z += image * length * z_row + d
-    dz += image * length * DIM + d
-    dout += image * length * DIM + d
-    ungated += image * length * DIM + d
+    z += image * length * z_row
+    dz += image * length * DIM
+    dout += image * length * DIM
+    ungated += image * length * DIM
     order += direction * length
     kept += (sequence + 1) * tl.cdiv(length, KEEP) * DIM * N
     g, sum_dA = tl.zeros_like(A_2), tl.zeros_like(A_2)  # g is the gradient of the state, 0 past the end
     sum_dD, sum_dbias = tl.zeros_like(D_), tl.zeros_like(D_)
     for group in range((length - 1) // KEEP * KEEP, -1, -KEEP):
-        # The state before the second chunk, from the one before the first.
         kept -= DIM * N
         h = load_states(kept, n, d, DIM, N)
-        t, real, x_t, raw, delta = own_token(group, n_thread, d, length, x, dt, bias, DIM)
-        delta_x = delta * x_t
+        # Of its own tokens, a thread has that of the second chunk, and the next, which is that of the first.
+        t, t_next = group + CHUNK + n_thread, group + n_thread
+        real, real_next = (t < length) & (d < DIM), (t_next < length) & (d < DIM)
+        x_t, x_next = tl.load(x + (t * DIM + d), real, 0.0), tl.load(x + (t_next * DIM + d), real_next, 0.0)
+        dt_t = tl.load(dt + (t * DIM + d), real, PAST_END)
+        dt_next = tl.load(dt + (t_next * DIM + d), real_next, PAST_END)
+        place, place_next = t, t_next  # in the order of z
+        if ORDERED:
+            place = tl.load(order + t, t < length, 0).to(tl.int32)
+            place_next = tl.load(order + t_next, t_next < length, 0).to(tl.int32)
+        dy = tl.load(dout + (place * DIM + d), real, 0.0).to(tl.float32)
+        dy_next = tl.load(dout + (place_next * DIM + d), real_next, 0.0).to(tl.float32)
+        if GATED:
+            z_t = tl.load(z + (place * z_row + d), real, 0.0)
+            z_next = tl.load(z + (place_next * z_row + d), real_next, 0.0)
+            ungated_t = tl.load(ungated + (place * DIM + d), real, 0.0)
+            ungated_next = tl.load(ungated + (place_next * DIM + d), real_next, 0.0)
+            dy, dz_t = ungate(dy, z_t, ungated_t)
+            dy_next, dz_next = ungate(dy_next, z_next, ungated_next)
+            tl.store(dz + (place * DIM + d), dz_t, real)
+            tl.store(dz + (place_next * DIM + d), dz_next, real_next)
+
+        # The state before the second chunk, from the one before the first.
+        delta = softplus(dt_next.to(tl.float32) + bias)
+        delta_x = delta * x_next.to(tl.float32)
         for j in tl.static_range(CHUNK):
-            h = next_state(h, tl.minimum(group + j, length - 1), j, delta, delta_x, A_2, B, N)
+            h = next_state(h, tl.minimum(group + j, length - 1), j, delta, delta_x, A_2, B, n, N)
 
-        for chunk in range(CHUNK, -1, -CHUNK):
-            if chunk == 0:
+        for chunk_in_group in range(CHUNK, -1, -CHUNK):  # bounds that the compiler knows
+            chunk = group + chunk_in_group
+            if chunk_in_group == 0:
                 h = load_states(kept, n, d, DIM, N)
-            t, real, x_t, raw, delta = own_token(group + chunk, n_thread, d, length, x, dt, bias, DIM)
-            delta_x = delta * x_t
-            place = tl.load(order + t, t < length, 0) if ORDERED else t
-            dy = tl.load(dout + place * DIM, real, 0.0).to(tl.float32)
-            if GATED:
-                z_t = tl.load(z + place * z_row, real, 0.0).to(tl.float32)
-                s = sigmoid(z_t)
-                dz_t = dy * tl.load(ungated + place * DIM, real, 0.0) * s * (1 + z_t * (1 - s))
-                tl.store(dz + place * DIM, dz_t, real)
-                dy *= z_t * s
-
-            states = ()  # before each token
+            raw = dt_t.to(tl.float32) + bias
+            delta = softplus(raw)
+            delta_x = delta * x_t.to(tl.float32)
+            states, decays = (), ()  # before each token, and from there to the next
             for j in tl.static_range(CHUNK):
-                states = states + (h,)
-                h = next_state(h, tl.minimum(group + chunk + j, length - 1), j, delta, delta_x, A_2, B, N)
+                states, decays = states + (h,), decays + (tl.exp2(of_token(delta, j) * A_2),)
+                h = decays[j] * h + of_token(delta_x, j) * tl.load(B + (tl.minimum(chunk + j, length - 1) * N + n))
 
-            # Registers are scarce: what the walk forward has loaded and been passed must be loaded and passed again,
-            # for which the compiler must see a barrier, and not see that i is j.
-            tl.debug_barrier()
             for j in tl.static_range(CHUNK - 1, -1, -1):
-                t_j, i = tl.minimum(group + chunk + j, length - 1), tl.minimum(length + CHUNK, j)
-                delta_j, dy_j, B_j = of_token(delta, i), of_token(dy, i), tl.load(B + t_j * N)
-                g += dy_j * tl.load(C + t_j * N)
-                dB_j = tl.sum(of_token(delta_x, i) * g, 2, keep_dims=True)
+                t_j = tl.minimum(chunk + j, length - 1)
+                delta_j, dy_j, B_j = of_token(delta, j), of_token(dy, j), tl.load(B + (t_j * N + n))
+                g += dy_j * tl.load(C + (t_j * N + n))
+                dB_j = tl.sum(of_token(delta_x, j) * g, 2, keep_dims=True)
                 dB_dC_j = fold(dB_j, tl.sum(dy_j * h, 2, keep_dims=True), 0)
                 ddx_j = tl.sum(g * B_j, 0, keep_dims=True)  # of delta x
                 h = states[j]
-                g *= tl.exp2(delta_j * A_2)  # from here on the gradient of the state before token j
+                g *= decays[j]  # from here on the gradient of the state before token j
                 ddelta_j = tl.sum(g * h * A_2, 0, keep_dims=True)
                 sum_dA += g * h * delta_j
                 if j % 2 == 1:
@@ -971,14 +1009,16 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
                     pair = (fold(dB_dC_j, odd[0], 1), fold(ddx_j, odd[1], 3), fold(ddelta_j, odd[2], 3))
                     if j == 2:
                         last = pair
-            t_B = group + chunk + d_thread // 2
+            t, t_B = chunk + n_thread, chunk + d_thread // 2
+            real = (t < length) & (d < DIM)
             tl.store(dB_dC + t_B * N, fold(pair[0], last[0], 2), t_B < length)
             ddx, ddelta = fold(pair[1], last[1], 4), fold(pair[2], last[2], 4) * (1 / LOG2E)
-            ddt_t = (ddelta + x_t * ddx) * sigmoid(raw)
-            tl.store(ddt + t * DIM, ddt_t, real)
-            tl.store(dx + t * DIM, delta * ddx + D_ * dy, real)
-            sum_dD += dy * x_t
+            ddt_t = (ddelta + x_t.to(tl.float32) * ddx) * sigmoid(raw)
+            tl.store(ddt + (t * DIM + d), ddt_t, real)
+            tl.store(dx + (t * DIM + d), delta * ddx + D_ * dy, real)
+            sum_dD += dy * x_t.to(tl.float32)
             sum_dbias += ddt_t
+            x_t, dt_t, dy = x_next, dt_next, dy_next
     store_states(dA + sequence * DIM * N, sum_dA, n, d, DIM, N)
     sums = fold(sum_dbias, sum_dD, 3)
     sequences = tl.num_programs(0) // tl.cdiv(DIM, BLOCK)
@@ -1003,13 +1043,13 @@ def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.co
     x += image * length * x_row + d
     out += sequence * length * DIM + d
     order += direction * length
-    for chunk in range(0, length, CHUNK):
+    for chunk in range(0, length, KEEP):
         coming = ()
-        for j in tl.static_range(CHUNK):
+        for j in tl.static_range(KEEP):
             t = chunk + j
             place = tl.load(order + t, t < length, 0) if ORDERED else t
             coming += (tl.load(x + place * x_row, t < end, 0.0),)
-        for j in tl.static_range(CHUNK):
+        for j in tl.static_range(KEEP):
             window = window[1:] + (coming[j].to(tl.float32),)
             y = b
             for k in tl.static_range(WIDTH):
@@ -1039,13 +1079,13 @@ def conv_backward_kernel(x, weight, bias, order, dout, dx, dweight, dbias, batch
         place = tl.load(order + t, t >= 0, 0) if ORDERED else t
         window += (tl.load(x + place * x_row, t >= begin, 0.0).to(tl.float32),)
     sum_dbias = tl.zeros_like(b)
-    for chunk in range(length - 1, -1, -CHUNK):
+    for chunk in range(length - 1, -1, -KEEP):
         coming = ()
-        for j in tl.static_range(CHUNK):
+        for j in tl.static_range(KEEP):
             t = chunk - j
             place = tl.load(order + t - WIDTH, t >= WIDTH, 0) if ORDERED else t - WIDTH
             coming += ((tl.load(x + place * x_row, t - WIDTH >= begin, 0.0), tl.load(dout + t * DIM, t >= begin, 0.0)),)
-        for j in tl.static_range(CHUNK):
+        for j in tl.static_range(KEEP):
             t = chunk - j
             before, dy = coming[j]
             y = b
@@ -1136,7 +1176,8 @@ def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Te
     of_blocks = x.new_empty(2, directions, batch, blocks, length, N, dtype=torch.float32)
     launch(scan_backward_kernel, BACKWARD_BLOCK, directions * batch, x, dt, dt_bias, A, B, C, D, z, ungated=ungated,
            kept=kept, dout=dout, dx=dx, ddt=ddt, dz=dz, dbias_dD=dbias_dD, dA=dA, dB_dC=of_blocks, batch=batch,
-           length=length, z_row=z_row, GATED=directions == 1, N=N, maxnreg=128, orders=orders)
+           length=length, z_row=z_row, GATED=directions == 1, N=N, orders=orders,
+           maxnreg=168)  # so that each of a multiprocessor's four schedulers has three warps, on Hopper
     torch.sum(of_blocks, dim=3, out=dB_dC)  # here, where the compiler's sum takes twice the time
     return results
 

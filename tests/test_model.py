@@ -187,6 +187,14 @@ def test_the_scans_and_their_gradients_agree_with_a_float64_recurrence(scan, dir
 
 
 @pytest.mark.parametrize("scan", [selective_scan, pytest.param(triton_scan, marks=TRITON)])
+def test_the_scans_are_right_where_exponentials_overflow(scan):
+    x, dt, *others, z, orders = scan_inputs(1, length=9)
+    dt, z = ((t.detach() * 150).requires_grad_() for t in (dt, z))
+    assert dt.abs().max() > 200 and z.min() < -200
+    assert_agree(scan, reference, [x, dt, *others, z, orders], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("scan", [selective_scan, pytest.param(triton_scan, marks=TRITON)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_the_scans_round_half_precision_only_at_their_ends(scan, dtype, tolerance):
     assert_agree(scan, reference, scan_inputs(4, length=9, dtype=dtype), tolerance)
