@@ -1117,7 +1117,9 @@ def evenly_spaced(t):
 
 
 def launch(kernel, block, sequences, x, *arguments, orders, **options):
-    """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence."""
+    """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence. options: maxnreg,
+    a thread's registers: 128 or 168 give each of a multiprocessor's four schedulers as many warps, four or three.
+    """
     order = x if orders is None else orders.contiguous()  # without orders not read
     dim = x.shape[-1]
     with torch.cuda.device_of(x):
@@ -1147,7 +1149,7 @@ def scan_op(x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Ten
     out, ungated, kept = scan_results(x, N, save)
     launch(scan_forward_kernel, FORWARD_BLOCK, directions * batch, x, dt, dt_bias, A, B, C, D, z, out=out,
            ungated=ungated, kept=kept, batch=batch, length=length, z_row=z_row, SAVE=save, GATED=directions == 1, N=N,
-           orders=orders)
+           orders=orders, maxnreg=128)
     return out, ungated, kept
 
 
@@ -1176,8 +1178,7 @@ def scan_backward_op(dout: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Te
     of_blocks = x.new_empty(2, directions, batch, blocks, length, N, dtype=torch.float32)
     launch(scan_backward_kernel, BACKWARD_BLOCK, directions * batch, x, dt, dt_bias, A, B, C, D, z, ungated=ungated,
            kept=kept, dout=dout, dx=dx, ddt=ddt, dz=dz, dbias_dD=dbias_dD, dA=dA, dB_dC=of_blocks, batch=batch,
-           length=length, z_row=z_row, GATED=directions == 1, N=N, orders=orders,
-           maxnreg=168)  # so that each of a multiprocessor's four schedulers has three warps, on Hopper
+           length=length, z_row=z_row, GATED=directions == 1, N=N, orders=orders, maxnreg=168)
     torch.sum(of_blocks, dim=3, out=dB_dC)  # here, where the compiler's sum takes twice the time
     return results
 
