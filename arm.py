@@ -742,12 +742,13 @@ def load_weights(model, path_or_url, ema=False):
 # the states of a channel, and each would compute what the channel has one of: delta, the gate. So they divide the
 # tokens: each computes these for one token of a chunk, and when the walk comes to that token passes them to the others
 # (`of_token`). What threads add up, they add for CHUNK tokens at once, after which each has the sums of its own token
-# (`fold`). Memory is slow to answer, so a thread loads what it needs of its own tokens, one in each of a group's two
-# chunks, at the start of the group, and waits once.
+# (`fold`).
+#
+# Memory is slow to answer. So the walks go by groups of two chunks, and at the start of a group a thread loads what its
+# two tokens have of their own (x, dt, the gate), and waits once. B and C, which channels share, it loads as it goes.
 
-CHUNK = tl.constexpr(4)  # tokens, as many as registers have room for the states of; and threads to a channel
+CHUNK = tl.constexpr(4)  # tokens, for as many of which registers have room; and threads to a channel
 KEEP = tl.constexpr(8)  # tokens of a group, two chunks; `fold` and the walks rely on both numbers
-PAST_END = tl.constexpr(-1e4)  # of dt: makes delta 0, which leaves the state as it is, and so its gradients
 LOG2E = tl.constexpr(math.log2(math.e))  # the GPU's exponential has base 2
 FORWARD_BLOCK, BACKWARD_BLOCK, CONV_BLOCK = 32, 16, 128  # channels; the fastest of those tried on an H200
 
@@ -813,7 +814,7 @@ def fold(a, b, BIT: tl.constexpr):
 
 @triton.jit
 def exp(x):
-    """The exponential, by the GPU's of base 2; what is lost in rounding the exponent is made up for."""
+    """The exponential of a finite x, by the GPU's of base 2; what rounding the product takes from it is made up for."""
     exponent = x * LOG2E
     e = tl.exp2(exponent)
     return e + e * tl.fma(x, LOG2E, -exponent) * (1 / LOG2E)
@@ -846,6 +847,12 @@ def of_token(values, j):
     """What the thread of a chunk's token j has, in all threads of its channel."""
     thread = tl.arange(0, 32)[None, :, None] % (32 // CHUNK) + j * (32 // CHUNK)
     return tl.gather(values, tl.broadcast_to(thread, values.shape), 1)
+
+
+@triton.jit
+def load_two(values, i, i_next, real, real_next):
+    """What a thread's two tokens of a group have in `values`; 0 past the end, where x = 0 and dy = 0 leave no trace."""
+    return tl.load(values + i, real, 0.0), tl.load(values + i_next, real_next, 0.0)
 
 
 @triton.jit
@@ -886,18 +893,15 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
     kept += sequence * tl.cdiv(length, KEEP) * DIM * N
     h = tl.zeros_like(A_2)
     for group in range(0, length, KEEP):
-        # Of its own tokens, a thread has that of the first chunk, and the next.
-        t, t_next = group + n_thread, group + CHUNK + n_thread
+        t, t_next = group + n_thread, group + CHUNK + n_thread  # a thread's tokens, of the first chunk and of the next
         real, real_next = (t < length) & (d < DIM), (t_next < length) & (d < DIM)
-        x_t, x_next = tl.load(x + (t * DIM + d), real, 0.0), tl.load(x + (t_next * DIM + d), real_next, 0.0)
-        dt_t = tl.load(dt + (t * DIM + d), real, PAST_END)
-        dt_next = tl.load(dt + (t_next * DIM + d), real_next, PAST_END)
+        x_t, x_next = load_two(x, t * DIM + d, t_next * DIM + d, real, real_next)
+        dt_t, dt_next = load_two(dt, t * DIM + d, t_next * DIM + d, real, real_next)
         place, place_next = t, t_next  # in the order of z
-        if ORDERED:
+        if ORDERED:  # left as int64, since to convert them would be to wait for them
             place, place_next = tl.load(order + t, t < length, 0), tl.load(order + t_next, t_next < length, 0)
         if GATED:
-            z_t = tl.load(z + (place * z_row + d), real, 0.0)
-            z_next = tl.load(z + (place_next * z_row + d), real_next, 0.0)
+            z_t, z_next = load_two(z, place * z_row + d, place_next * z_row + d, real, real_next)
         if SAVE:
             store_states(kept, h, n, d, DIM, N)
             kept += DIM * N
@@ -952,23 +956,19 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
     for group in range((length - 1) // KEEP * KEEP, -1, -KEEP):
         kept -= DIM * N
         h = load_states(kept, n, d, DIM, N)
-        # Of its own tokens, a thread has that of the second chunk, and the next, which is that of the first.
-        t, t_next = group + CHUNK + n_thread, group + n_thread
+        t, t_next = group + CHUNK + n_thread, group + n_thread  # the second chunk is walked first
         real, real_next = (t < length) & (d < DIM), (t_next < length) & (d < DIM)
-        x_t, x_next = tl.load(x + (t * DIM + d), real, 0.0), tl.load(x + (t_next * DIM + d), real_next, 0.0)
-        dt_t = tl.load(dt + (t * DIM + d), real, PAST_END)
-        dt_next = tl.load(dt + (t_next * DIM + d), real_next, PAST_END)
+        x_t, x_next = load_two(x, t * DIM + d, t_next * DIM + d, real, real_next)
+        dt_t, dt_next = load_two(dt, t * DIM + d, t_next * DIM + d, real, real_next)
         place, place_next = t, t_next  # in the order of z
         if ORDERED:
             place = tl.load(order + t, t < length, 0).to(tl.int32)
             place_next = tl.load(order + t_next, t_next < length, 0).to(tl.int32)
-        dy = tl.load(dout + (place * DIM + d), real, 0.0).to(tl.float32)
-        dy_next = tl.load(dout + (place_next * DIM + d), real_next, 0.0).to(tl.float32)
+        dy, dy_next = load_two(dout, place * DIM + d, place_next * DIM + d, real, real_next)
+        dy, dy_next = dy.to(tl.float32), dy_next.to(tl.float32)
         if GATED:
-            z_t = tl.load(z + (place * z_row + d), real, 0.0)
-            z_next = tl.load(z + (place_next * z_row + d), real_next, 0.0)
-            ungated_t = tl.load(ungated + (place * DIM + d), real, 0.0)
-            ungated_next = tl.load(ungated + (place_next * DIM + d), real_next, 0.0)
+            z_t, z_next = load_two(z, place * z_row + d, place_next * z_row + d, real, real_next)
+            ungated_t, ungated_next = load_two(ungated, place * DIM + d, place_next * DIM + d, real, real_next)
             dy, dz_t = ungate(dy, z_t, ungated_t)
             dy_next, dz_next = ungate(dy_next, z_next, ungated_next)
             tl.store(dz + (place * DIM + d), dz_t, real)
@@ -1010,7 +1010,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
                     if j == 2:
                         last = pair
             t, t_B = chunk + n_thread, chunk + d_thread // 2
-            real = (t < length) & (d < DIM)
+            real = (t < length) & (d < DIM)  # again, rather than to hold it in registers
             tl.store(dB_dC + t_B * N, fold(pair[0], last[0], 2), t_B < length)
             ddx, ddelta = fold(pair[1], last[1], 4), fold(pair[2], last[2], 4) * (1 / LOG2E)
             ddt_t = (ddelta + x_t.to(tl.float32) * ddx) * sigmoid(raw)
@@ -1028,7 +1028,7 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
 @triton.jit
 def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.constexpr, ORDERED: tl.constexpr,
                         DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One warp walks the tokens of one sequence in one direction, with the last WIDTH of them in a window. A chunk's
+    """One warp walks the tokens of one sequence in one direction, with the last WIDTH of them in a window. A group's
     tokens are loaded before its results are stored: the compiler moves no load past a store that might change it.
     """
     sequence, direction, image, block = walk(batch, DIM, BLOCK)
@@ -1043,10 +1043,10 @@ def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.co
     x += image * length * x_row + d
     out += sequence * length * DIM + d
     order += direction * length
-    for chunk in range(0, length, KEEP):
+    for group in range(0, length, KEEP):
         coming = ()
         for j in tl.static_range(KEEP):
-            t = chunk + j
+            t = group + j
             place = tl.load(order + t, t < length, 0) if ORDERED else t
             coming += (tl.load(x + place * x_row, t < end, 0.0),)
         for j in tl.static_range(KEEP):
@@ -1054,7 +1054,7 @@ def conv_forward_kernel(x, weight, bias, order, out, batch, length, x_row: tl.co
             y = b
             for k in tl.static_range(WIDTH):
                 y += taps[k] * window[k]
-            tl.store(out + (chunk + j) * DIM, y * sigmoid(y), chunk + j < end)
+            tl.store(out + (group + j) * DIM, y * sigmoid(y), group + j < end)
 
 
 @triton.jit
@@ -1079,14 +1079,14 @@ def conv_backward_kernel(x, weight, bias, order, dout, dx, dweight, dbias, batch
         place = tl.load(order + t, t >= 0, 0) if ORDERED else t
         window += (tl.load(x + place * x_row, t >= begin, 0.0).to(tl.float32),)
     sum_dbias = tl.zeros_like(b)
-    for chunk in range(length - 1, -1, -KEEP):
+    for group in range(length - 1, -1, -KEEP):
         coming = ()
         for j in tl.static_range(KEEP):
-            t = chunk - j
+            t = group - j
             place = tl.load(order + t - WIDTH, t >= WIDTH, 0) if ORDERED else t - WIDTH
             coming += ((tl.load(x + place * x_row, t - WIDTH >= begin, 0.0), tl.load(dout + t * DIM, t >= begin, 0.0)),)
         for j in tl.static_range(KEEP):
-            t = chunk - j
+            t = group - j
             before, dy = coming[j]
             y = b
             for k in tl.static_range(WIDTH):
@@ -1117,8 +1117,9 @@ def evenly_spaced(t):
 
 
 def launch(kernel, block, sequences, x, *arguments, orders, **options):
-    """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence. options: maxnreg,
-    a thread's registers: 128 or 168 give each of a multiprocessor's four schedulers as many warps, four or three.
+    """Run the kernel on the GPU that x is on, a program for each block of channels of each sequence. Of the options,
+    maxnreg is the most registers of a thread: with 128, each of a multiprocessor's four schedulers has four warps to
+    choose from, with 168 three; with a number between these some have more than others, which is slower.
     """
     order = x if orders is None else orders.contiguous()  # without orders not read
     dim = x.shape[-1]
