@@ -834,6 +834,13 @@ def sigmoid(x):
 
 
 @triton.jit
+def silu_gradient(dy, x):
+    """The gradient of x, where dy is that of silu(x) = x * sigmoid(x)."""
+    s = sigmoid(x)
+    return dy * s * (1 + x * (1 - s))
+
+
+@triton.jit
 def softplus(x):
     """max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 artanh(s) with s = e / (2 + e), at most 1 / 3."""
     e = exp(-tl.abs(x))
@@ -852,21 +859,26 @@ def of_token(values, j):
 @triton.jit
 def load_two(values, i, i_next, real, real_next):
     """What a thread's two tokens of a group have in `values`; 0 past the end, where x = 0 and dy = 0 leave no trace."""
-    return tl.load(values + i, real, 0.0), tl.load(values + i_next, real_next, 0.0)
+    return tl.load(values + i, real, 0), tl.load(values + i_next, real_next, 0)
 
 
 @triton.jit
-def next_state(h, t, j, delta, delta_x, A_2, B, n, N: tl.constexpr):
+def decay_of(delta, j, A_2):
+    """What is left of a state after a chunk's token j."""
+    return tl.exp2(of_token(delta, j) * A_2)
+
+
+@triton.jit
+def next_state(h, decay, t, j, delta_x, B, n, N: tl.constexpr):
     """The state after token t, the j-th of its chunk, given the one before it."""
-    return tl.exp2(of_token(delta, j) * A_2) * h + of_token(delta_x, j) * tl.load(B + (t * N + n))
+    return decay * h + of_token(delta_x, j) * tl.load(B + (t * N + n))
 
 
 @triton.jit
 def ungate(dy, z, ungated):
     """The gradients of y and z, where dy is that of ungated * silu(z)."""
     z = z.to(tl.float32)
-    s = sigmoid(z)
-    return dy * z * s, dy * ungated * s * (1 + z * (1 - s))
+    return dy * z * sigmoid(z), silu_gradient(dy * ungated, z)
 
 
 @triton.jit
@@ -899,7 +911,7 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
         dt_t, dt_next = load_two(dt, t * DIM + d, t_next * DIM + d, real, real_next)
         place, place_next = t, t_next  # in the order of z
         if ORDERED:  # left as int64, since to convert them would be to wait for them
-            place, place_next = tl.load(order + t, t < length, 0), tl.load(order + t_next, t_next < length, 0)
+            place, place_next = load_two(order, t, t_next, t < length, t_next < length)
         if GATED:
             z_t, z_next = load_two(z, place * z_row + d, place_next * z_row + d, real, real_next)
         if SAVE:
@@ -910,7 +922,7 @@ def scan_forward_kernel(x, dt, dt_bias, A, B, C, D, z, order, out, ungated, kept
             delta_x = delta * x_t.to(tl.float32)
             for j in tl.static_range(CHUNK):
                 t_j = tl.minimum(chunk + j, length - 1)
-                h = next_state(h, t_j, j, delta, delta_x, A_2, B, n, N)
+                h = next_state(h, decay_of(delta, j, A_2), t_j, j, delta_x, B, n, N)
                 y_j = tl.sum(h * tl.load(C + (t_j * N + n)), 0, keep_dims=True)
                 if j % 2 == 0:
                     even = y_j
@@ -962,8 +974,8 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
         dt_t, dt_next = load_two(dt, t * DIM + d, t_next * DIM + d, real, real_next)
         place, place_next = t, t_next  # in the order of z
         if ORDERED:
-            place = tl.load(order + t, t < length, 0).to(tl.int32)
-            place_next = tl.load(order + t_next, t_next < length, 0).to(tl.int32)
+            place, place_next = load_two(order, t, t_next, t < length, t_next < length)
+            place, place_next = place.to(tl.int32), place_next.to(tl.int32)
         dy, dy_next = load_two(dout, place * DIM + d, place_next * DIM + d, real, real_next)
         dy, dy_next = dy.to(tl.float32), dy_next.to(tl.float32)
         if GATED:
@@ -978,7 +990,8 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
         delta = softplus(dt_next.to(tl.float32) + bias)
         delta_x = delta * x_next.to(tl.float32)
         for j in tl.static_range(CHUNK):
-            h = next_state(h, tl.minimum(group + j, length - 1), j, delta, delta_x, A_2, B, n, N)
+            t_j = tl.minimum(group + j, length - 1)
+            h = next_state(h, decay_of(delta, j, A_2), t_j, j, delta_x, B, n, N)
 
         for chunk_in_group in range(CHUNK, -1, -CHUNK):  # bounds that the compiler knows
             chunk = group + chunk_in_group
@@ -989,8 +1002,8 @@ def scan_backward_kernel(x, dt, dt_bias, A, B, C, D, z, order, ungated, kept, do
             delta_x = delta * x_t.to(tl.float32)
             states, decays = (), ()  # before each token, and from there to the next
             for j in tl.static_range(CHUNK):
-                states, decays = states + (h,), decays + (tl.exp2(of_token(delta, j) * A_2),)
-                h = decays[j] * h + of_token(delta_x, j) * tl.load(B + (tl.minimum(chunk + j, length - 1) * N + n))
+                states, decays = states + (h,), decays + (decay_of(delta, j, A_2),)
+                h = next_state(h, decays[j], tl.minimum(chunk + j, length - 1), j, delta_x, B, n, N)
 
             for j in tl.static_range(CHUNK - 1, -1, -1):
                 t_j = tl.minimum(chunk + j, length - 1)
@@ -1091,8 +1104,7 @@ def conv_backward_kernel(x, weight, bias, order, dout, dx, dweight, dbias, batch
             y = b
             for k in tl.static_range(WIDTH):
                 y += taps[k] * window[k]
-            s = sigmoid(y)
-            dy = dy.to(tl.float32) * s * (1 + y * (1 - s))
+            dy = silu_gradient(dy.to(tl.float32), y)
             later = (dy,) + later[: WIDTH - 1]
             sum_dbias += dy
             dx_t = tl.zeros_like(dy)
