@@ -133,7 +133,10 @@ def bench_train(args):
         if name == "arm_huge":
             choices.append(("triton", 2))
         for choice, compiled in choices:
-            if not re.search(args.by, choice):
+            by = {"vit_b_16": "ViT-B of torchvision", "triton": "ours", "mamba_ssm": "mamba-ssm's kernels",
+                  "torch": "plain PyTorch"}[choice]
+            by += ("", ", compiled", ", compiled, activation checkpointing")[compiled]
+            if not re.search(args.by, by):
                 continue
             torch.manual_seed(0)
             torch._dynamo.reset()
@@ -148,7 +151,8 @@ def bench_train(args):
                     os.environ["ARM_SCAN"] = choice
                     model = (ARM if work == "pretrain" else ARMClassifier)(size, **MODELS[name])
                     flops = matrix_flops(model)
-                    prepare(model, SimpleNamespace(compile=compiled, activation_checkpointing=compiled == 2))
+                    prepare(model, SimpleNamespace(compile=compiled, accum_steps=1,
+                                                   activation_checkpointing=compiled == 2))
                 images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
             images, labels = images.to(device), labels.to(device)
             if work == "classify":
@@ -165,9 +169,6 @@ def bench_train(args):
             share = ""
             if choice != "vit_b_16":
                 share = f"{flops * batch / (3 if work == 'classify' else 1) / ms * 1000 / rate:.0%}"
-            by = {"vit_b_16": "ViT-B of torchvision", "triton": "ours", "mamba_ssm": "mamba-ssm's kernels",
-                  "torch": "plain PyTorch"}[choice]
-            by += ("", ", compiled", ", compiled, activation checkpointing")[compiled]
             print(f"| {work} | {name} | {size}, {batch} | {by} | {batch / ms * 1000:,.0f} | {ms:.1f} | "
                   f"{torch.cuda.max_memory_allocated() / 2**30:.1f} | {share} |", flush=True)
             model = optimizer = step = None
@@ -225,8 +226,8 @@ if __name__ == "__main__":
     tables.add_parser("scan").set_defaults(run=bench_scan)
     train = tables.add_parser("train")
     train.set_defaults(run=bench_train)
-    train.add_argument("--only", default="", help="rows that match, such as 'finetune arm_base'")
-    train.add_argument("--by", default="", help="what matches of triton, mamba_ssm, torch and vit_b_16")
+    train.add_argument("--only", default="", help="works that match, such as 'finetune arm_base'")
+    train.add_argument("--by", default="", help="what does them, such as 'ours'")
     data = tables.add_parser("data")
     data.set_defaults(run=bench_data)
     data.add_argument("images_in", metavar="FOLDER_OR_TAR")

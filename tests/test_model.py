@@ -272,16 +272,17 @@ def test_the_models_compute_the_same_with_the_triton_kernels_compiled_without_a_
                   ARMClassifier(16, 8, dim=16, depth=2, num_classes=5)):
         torch.nn.init.normal_(getattr(model, "head", torch.nn.Linear(1, 1)).weight)
         images, results = torch.randn(2, 3, 16, 16), []
-        for scan in ("torch", "triton"):
+        for scan, compiled in (("torch", []), ("triton", model.layers), ("triton", [model])):
             monkeypatch.setenv("ARM_SCAN", scan)
+            for module in compiled:
+                module.compile(fullgraph=True, backend="aot_eager")
             model.zero_grad()
             model(images).square().sum().backward()
             results.append([p.grad for p in model.parameters()])
-            model.activation_checkpointing = True  # the second time: it changes nothing
-            for layer in model.layers:
-                layer.compile(fullgraph=True, backend="aot_eager")
-        for plain, fast in zip(*results):
-            torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-5)
+            model.activation_checkpointing = True  # from the second time on: it changes nothing
+        for plain, *fast in zip(*results):
+            for gradient in fast:
+                torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-5)
 
 
 def test_hidden_units_added_for_the_sake_of_gpus_change_nothing():
