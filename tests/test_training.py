@@ -125,6 +125,22 @@ def test_a_finetuning_step_is_that_of_the_recipe(images, tmp_path):
     assert {"cls_token", "pos_embed", "head.bias"} <= undecayed and "layers.0.mixer.in_proj.weight" not in undecayed
 
 
+@pytest.mark.parametrize("processes, accum_steps, compiled", [
+    (1, 1, {"ARM": "reduce-overhead"}),
+    (1, 2, {"ARM": None}),  # gradients to be added to must not lie in a CUDA graph's memory
+    (2, 1, {"Block": None, "DecoderBlock": None}),  # so that DDP sends gradients block by block
+])
+def test_what_is_compiled_and_where_cuda_graphs_are_used(monkeypatch, processes, accum_steps, compiled):
+    called = {}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: called.update(
+        {type(self).__name__: options["mode"]}))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    model = pretrain.ARM(16, 8, 1, dim=16, depth=2, decoder_dim=64, decoder_depth=1)
+    with torch._dynamo.config.patch(optimize_ddp=True), torch._functorch.config.patch(activation_memory_budget=1.0):
+        pretrain.prepare(model, SimpleNamespace(compile=1, accum_steps=accum_steps, activation_checkpointing=True))
+    assert called == compiled and model.activation_checkpointing
+
+
 def ranked_logits(n):
     """Logits of 7 classes that rank the class of image i, which is i % 7, at place i % 6."""
     logits = torch.zeros(n, 7)
