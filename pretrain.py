@@ -375,12 +375,12 @@ def normalize(images, device):
 
 
 def prepare(model, args):
-    """Compile the model, or have activations recomputed, where args say so.
+    """Compile the model, and have activations recomputed, where args say so.
 
-    It is compiled whole in a single process and replayed as CUDA graphs, so that no kernel waits for Python to launch
-    it; but not where gradients are accumulated, since those of a graph lie in memory that its next run writes to. With
-    several processes, its blocks are compiled, so that the gradients of one are sent while those of the next are
-    computed.
+    A single process compiles it whole, and on a GPU replays it as CUDA graphs: Python then launches a graph, not each
+    of its kernels. Where gradients are accumulated there are no graphs, since a graph writes its gradients to the same
+    memory each time, over those of the micro-batch before. With several processes the blocks are compiled, so that the
+    gradients of one are sent while those of the next are computed.
     """
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
@@ -389,7 +389,7 @@ def prepare(model, args):
         whole = process()[1] == 1
         mode = "reduce-overhead" if whole and args.accum_steps == 1 else None
         for module in [model] if whole else [*model.layers, *getattr(model, "decoder", [])]:
-            module.compile(dynamic=False, mode=mode)  # of few batch sizes: in training, in evaluation, at its end
+            module.compile(dynamic=False, mode=mode)  # three batch sizes: training's, evaluation's and its last
 
 
 def matrix_flops(model):

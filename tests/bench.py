@@ -10,6 +10,7 @@ one run, by CUDA events, after warm-up, the median of many. data repeats the pho
 """
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -140,6 +141,7 @@ def bench_train(args):
                 continue
             torch.manual_seed(0)
             torch._dynamo.reset()
+            gc.collect()  # a compiled model is part of a cycle
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             with device:
@@ -226,8 +228,8 @@ if __name__ == "__main__":
     tables.add_parser("scan").set_defaults(run=bench_scan)
     train = tables.add_parser("train")
     train.set_defaults(run=bench_train)
-    train.add_argument("--only", default="", help="works that match, such as 'finetune arm_base'")
-    train.add_argument("--by", default="", help="what does them, such as 'ours'")
+    train.add_argument("--only", default="", help="rows whose work and model match, such as 'finetune arm_base'")
+    train.add_argument("--by", default="", help="rows whose 'by' matches, such as 'ours' or 'plain'")
     data = tables.add_parser("data")
     data.set_defaults(run=bench_data)
     data.add_argument("images_in", metavar="FOLDER_OR_TAR")

@@ -1,5 +1,6 @@
 """arm.py: the model agrees with the released code to the digit, and is what its docstrings say."""
 
+import copy
 import math
 import pickle
 import sys
@@ -272,9 +273,10 @@ def test_the_models_compute_the_same_with_the_triton_kernels_compiled_without_a_
                   ARMClassifier(16, 8, dim=16, depth=2, num_classes=5)):
         torch.nn.init.normal_(getattr(model, "head", torch.nn.Linear(1, 1)).weight)
         images, results = torch.randn(2, 3, 16, 16), []
-        for scan, compiled in (("torch", []), ("triton", model.layers), ("triton", [model])):
+        for scan, compiled in (("torch", "nothing"), ("triton", "layers"), ("triton", "whole")):
             monkeypatch.setenv("ARM_SCAN", scan)
-            for module in compiled:
+            model = copy.deepcopy(model)  # which leaves behind how it was compiled
+            for module in dict(nothing=[], layers=model.layers, whole=[model])[compiled]:
                 module.compile(fullgraph=True, backend="aot_eager")
             model.zero_grad()
             model(images).square().sum().backward()
