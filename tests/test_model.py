@@ -182,7 +182,7 @@ TRITON = pytest.mark.skipif(isinstance(triton, types.SimpleNamespace), reason="t
 
 @pytest.mark.parametrize("scan", [selective_scan, pytest.param(triton_scan, marks=TRITON)])
 @pytest.mark.parametrize("directions, length, dim", [(1, 1, 5), (4, 8, 5), (1, 15, 37), (3, 16, 16), (4, 37, 5),
-                                                     (1, 12, 5), (3, 10, 5)])
+                                                     (1, 64, 5), (1, 12, 5), (3, 10, 5)])
 def test_the_scans_and_their_gradients_agree_with_a_float64_recurrence(scan, directions, length, dim):
     assert_agree(scan, reference, scan_inputs(directions, length=length, dim=dim), tolerance=1e-5)
 
