@@ -323,8 +323,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x):
         """x: (B, L, D) -> (B, L, D)."""
-        if x.is_cuda and self.w1.out_features % 64:
-            return self.padded(x, -self.w1.out_features % 64)
+        pad = -self.w1.out_features % 64
+        if x.is_cuda and pad:
+            return self.padded(x, pad)
         return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
     def padded(self, x, pad):
