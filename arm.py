@@ -10,10 +10,14 @@ four scan directions and a classifier, is then finetuned for recognition (`ARMCl
     load_weights(model, "pretrained.pth")             # ours or the authors' released checkpoints
     logits = model(images)                            # images: (B, 3, 224, 224)
 
+Read from the top: what is predicted from what (ARM), how it is finetuned (ARMClassifier), what both are made of
+(Block, Mamba, the selective scan), loading weights; last, the scan once more as fast kernels for GPUs.
+
 The letters:
-    B   images in a batch           L   tokens in a sequence
+    B   images in a batch           L   tokens of an image
+    S   tokens that are read        T   tokens that are predicted
     D   channels of a token (dim)   E   channels of a decoder token (decoder_dim)
-    P   pixels along a patch side   G   scan directions of a mixer, 1 or 4
+    P   pixels along a patch side   G   scan directions of a mixer: 1 in pretraining, 4 in finetuning, any number works
     N   states of a channel, 16     R   rank of the step size delta, ceil(D / 16)
     A, B, C, D, delta and h also name the selective scan's own quantities, as in the Mamba paper (Gu & Dao, 2023).
 
@@ -51,266 +55,352 @@ MODELS = {  # name: arguments of ARM and of ARMClassifier
 }
 
 
+class BadInput(ValueError):
+    """What the user can mend, in one sentence; the scripts print it and exit with 2."""
+
+
+def check(fits, sentence):
+    if not fits:
+        raise BadInput(sentence)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Token orders. An order is a permutation of raster positions: sequence[i] = raster[order[i]].
+# Pretraining: predict the next cluster (section 3.2)
 
 
-def cluster_order(grid, cluster_size):
-    """The order in which pretraining reads patches: cluster by cluster, row by row inside each (section 3.2).
+def cluster_order(grid, cluster_size, order="row", seed=0):
+    """The order in which pretraining reads patches: cluster by cluster, row by row inside each.
 
-    grid: patches along an image side; cluster_size: patches along a cluster side.
-    Returns a LongTensor (grid * grid,). Raises ValueError where clusters do not tile the grid.
+    grid: patches along an image side; cluster_size: patches along a cluster side; order: one of ORDERS, of the clusters
+    (the paper's, or those of its ablation); seed: of the random one. Returns (grid * grid,), a permutation of raster
+    positions, as all orders here: sequence[i] = raster[order[i]]. Raises BadInput where clusters do not tile the grid.
     """
-    if cluster_size < 1 or grid % cluster_size:
-        raise ValueError(f"clusters of {cluster_size}x{cluster_size} patches do not tile {grid}x{grid} patches: "
-                         f"choose a cluster size that divides {grid}, or another patch size")
+    check(cluster_size >= 1 and grid % cluster_size == 0,
+          f"clusters of {cluster_size}x{cluster_size} patches do not tile {grid}x{grid} patches: choose a cluster size "
+          f"that divides {grid}, or another patch size")
     n = grid // cluster_size
     raster = torch.arange(grid * grid).view(n, cluster_size, n, cluster_size)  # (cluster row, row, cluster col, col)
-    return raster.transpose(1, 2).flatten()
+    clusters = raster.transpose(1, 2).flatten(2)  # (cluster row, cluster column, patches of a cluster)
+    clusters = (clusters.transpose(0, 1) if order.startswith("column") else clusters).flatten(0, 1)
+    if order == "random":
+        return clusters[torch.randperm(n * n, generator=torch.Generator().manual_seed(seed), device="cpu")].flatten()
+    return (clusters.flip(0) if order.endswith("reversed") else clusters).flatten()
 
 
-def scan_orders(grid):
-    """The four orders in which finetuning scans: rows forward, rows backward, columns forward, columns backward.
+ORDERS = ("row", "row_reversed", "column", "column_reversed", "random")
+
+
+class ARM(nn.Module):
+    """The pretraining model: a causal Mamba reads clusters 1..k, a decoder predicts the pixels of cluster k + 1.
+
+    image_size, patch_size in pixels; cluster_size in patches along a side; dim, depth: the encoder's; decoder_dim,
+    decoder_depth: the decoder's width (in 64s) and blocks; order, seed: as in cluster_order; target: "normalized" or
+    "raw" pixels. Raises BadInput where these do not fit together.
+    """
+
+    def __init__(self, image_size=192, patch_size=16, cluster_size=4, dim=768, depth=12, decoder_dim=512,
+                 decoder_depth=4, order="row", target="normalized", seed=0):
+        super().__init__()
+        check(order in ORDERS, f"order must be one of {', '.join(ORDERS)}, not {order}")
+        check(target in ("normalized", "raw"), f"target must be normalized or raw, not {target}")
+        self.target = target
+        self.patch_embed = PatchEmbed(image_size, patch_size, dim)
+        self.grid = grid = self.patch_embed.grid
+        order = cluster_order(grid, cluster_size, order, seed)
+        check(grid > cluster_size, f"one cluster of {cluster_size}x{cluster_size} patches fills the whole image of "
+                                   f"{grid}x{grid}: choose a smaller cluster size, so that there is a next one")
+        check(decoder_dim >= 64 and decoder_dim % 64 == 0, f"the decoder has heads of 64 channels: its width must be a "
+                                                           f"multiple of 64, not {decoder_dim}")
+        check(1 <= decoder_depth <= depth // 2 + 1, f"a decoder of {decoder_depth} blocks cannot tap an encoder of "
+              f"{depth} from its middle to its end: choose 1 to {depth // 2 + 1}")
+        self.cluster_tokens = cluster_size**2
+        self.register_buffer("order", order)  # (L,); kept in checkpoints, since weights are of use in their order alone
+        cluster = torch.arange(len(order) - self.cluster_tokens) // self.cluster_tokens
+        # Query i is of target cluster 2 + cluster[i], feature j of cluster 1 + cluster[j]: it must come earlier.
+        # (That nothing else reaches a prediction is tested: test_nothing_of_a_cluster_reaches_its_own_prediction.)
+        self.register_buffer("mask", cluster[None, :] <= cluster[:, None])  # (T, S)
+
+        self.register_buffer("pos_embed", sincos_position(dim, grid)[None])  # (1, L, D)
+        self.layers = nn.ModuleList(Block(dim, depth) for _ in range(depth))
+
+        between = depth / 2 / max(decoder_depth - 1, 1)
+        self.taps = [depth - round(between * k) for k in reversed(range(decoder_depth))]  # 6, 8, 10, 12 of 1 to 12
+        self.tap_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.taps)
+        self.tap_proj = linear(decoder_depth * dim, decoder_depth * decoder_dim)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, decoder_dim), std=0.02))
+        self.register_buffer("decoder_pos_embed", sincos_position(decoder_dim, grid)[None])
+        self.decoder = nn.ModuleList(DecoderBlock(decoder_dim) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim)
+        self.pixel_proj = linear(decoder_dim, 3 * patch_size**2)
+
+    def forward(self, images):
+        """images: (B, 3, H, W), normalised -> the loss, a scalar: mean squared error of all predicted patches."""
+        return F.mse_loss(self.predict(images), self.targets(images)[0])
+
+    def predict(self, images):
+        """images: (B, 3, H, W) -> normalised pixels (B, T, P * P * 3) of the T tokens after the first cluster, in
+        cluster order. Those of cluster k + 1 are computed from clusters 1..k alone.
+        """
+        tapped = self.encode(images, self.order[: -self.cluster_tokens])  # nothing is predicted from the last cluster
+        return self.decode(tapped, self.order[self.cluster_tokens :], self.mask)
+
+    def encode(self, images, order):
+        """images: (B, 3, H, W) -> what each tapped block makes of the S patches in `order`: a list of (B, S, D)."""
+        x = self.patch_embed(images) + self.pos_embed  # (B, L, D)
+        x = take(x, order)  # (B, S, D)
+        tapped = []
+        for i, layer in enumerate(self.layers, start=1):
+            x = layer(x)
+            if i in self.taps:
+                tapped.append(self.tap_norms[len(tapped)](x))
+        return tapped
+
+    def decode(self, tapped, order, mask):
+        """tapped: as from encode -> pixels (B, T, P * P * 3) of the T patches in `order`; mask as in CrossAttention."""
+        # Block k reads channels k, k + 4, k + 8, ... of the projected taps: so the released weights are laid out.
+        features = self.tap_proj(torch.cat(tapped, dim=-1)).unflatten(-1, (-1, len(self.taps)))  # (B, S, E, 4)
+        query = self.mask_token + self.decoder_pos_embed[0, order]  # (1, T, E)
+        query = query.expand(features.shape[0], -1, -1)
+        for block, feature in zip(self.decoder, features.unbind(-1)):
+            query = block(query, feature, mask)
+        return self.pixel_proj(self.decoder_norm(query))  # (B, T, P * P * 3)
+
+    def targets(self, images, order=None):
+        """images: (B, 3, H, W) -> target patches (B, T, P * P * 3) in `order`, by default all after the first cluster,
+        each minus its mean and over its spread; and those means and spreads, (B, T, 1) each.
+        """
+        order = self.order[self.cluster_tokens :] if order is None else order
+        patches = take(self.to_patches(images), order)  # (B, T, P * P * 3)
+        if self.target == "raw":
+            return patches, 0.0, 1.0
+        mean = patches.mean(dim=-1, keepdim=True)
+        spread = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        return (patches - mean) / spread, mean, spread
+
+    def to_patches(self, images):
+        """images: (B, 3, H, W) -> pixels (B, L, P * P * 3) in raster order. Inside a patch the channel comes last, as
+        in the released code and MAE; the patch embedding, a convolution, has it first.
+        """
+        patches = F.pixel_unshuffle(images, self.patch_embed.patch_size)  # (B, 3 * P * P, rows, columns)
+        return patches.unflatten(1, (3, -1)).flatten(3).permute(0, 3, 2, 1).flatten(2)
+
+    def to_images(self, patches):
+        """The inverse of to_patches."""
+        patches = patches.unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)  # (B, L, 3 * P * P)
+        return F.pixel_shuffle(patches.mT.unflatten(2, (self.grid, self.grid)), self.patch_embed.patch_size)
+
+    @torch.no_grad()
+    def reconstruct(self, images, predicted):
+        """images: (B, 3, H, W), predicted as from predict -> (B, 3, H, W): each predicted patch with its own mean and
+        spread given back; the first cluster, which is read and never predicted, as it is.
+        """
+        _, mean, spread = self.targets(images)
+        patches = self.to_patches(images)  # (B, L, P * P * 3)
+        patches[:, self.order[self.cluster_tokens :]] = predicted.float() * spread + mean
+        return self.to_images(patches)
+
+    def features(self, images):
+        """images: (B, 3, H, W) -> the last tap, as a map (B, rows, columns, dim). A patch has seen those before it."""
+        return self.encode(images, self.order)[-1][:, self.order.argsort()].unflatten(1, (self.grid, self.grid))
+
+
+def take(tokens, order):
+    """tokens: (B, L, D); order: (T,), or (B, T) where each image has its own -> (B, T, D)."""
+    return tokens[:, order] if order.ndim == 1 else tokens.take_along_dim(order[..., None], dim=1)
+
+
+class MAE(ARM):
+    """The objective that the paper compares with (He et al., 2022), on the same encoder and decoder: three quarters of
+    the patches are hidden, Mamba reads the others in raster order, and the decoder predicts the hidden ones from them.
+    """
+
+    def forward(self, images):
+        """images: (B, 3, H, W), normalised -> the loss, a scalar: mean squared error of all hidden patches."""
+        shuffled = torch.rand(images.shape[0], self.grid**2, device=images.device).argsort(dim=1)  # (B, L)
+        visible, hidden = shuffled.tensor_split([self.grid**2 // 4], dim=1)  # (B, S), (B, T)
+        tapped = self.encode(images, visible.sort(dim=1).values)
+        return F.mse_loss(self.decode(tapped, hidden, mask=None), self.targets(images, hidden)[0])
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention to one tap of the encoder, then an MLP. There is no self-attention."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm_query, self.norm_features, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
+        self.attention = CrossAttention(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, query, features, mask):
+        query = query + self.attention(self.norm_query(query), self.norm_features(features), mask)
+        return query + self.mlp(self.norm_mlp(query))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to features, in heads of 64 channels."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.num_heads = dim // 64
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+
+    def forward(self, query, features, mask):
+        """query: (B, T, E); features: (B, S, E); mask: (T, S), true where a query may look, or None.
+        Returns (B, T, E).
+        """
+        q, k, v = (t.unflatten(-1, (self.num_heads, 64)).transpose(1, 2)  # (B, heads, T or S, 64)
+                   for t in (self.q(query), *self.kv(features).chunk(2, dim=-1)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finetuning: four directions and a classifier (section 3.3)
+
+
+def scan_orders(grid, directions=4):
+    """The orders in which finetuning scans: rows forward, rows backward, columns forward, columns backward; or the
+    first one or two of these.
 
     The sequence holds grid * grid patches and a CLS token, which has the middle place, grid * grid // 2, in the raster
-    sequence and in each of the four. Returns a LongTensor (4, grid * grid + 1).
+    sequence and in each of the four. Returns a LongTensor (directions, grid * grid + 1).
     """
     rows = torch.arange(grid * grid)
     columns = rows.view(grid, grid).T.flatten()
     patches = torch.stack([rows, rows.flip(0), columns, columns.flip(0)])  # (4, L - 1)
     middle = grid * grid // 2
     patches = patches + (patches >= middle)  # places in the sequence with CLS
-    return torch.cat([patches[:, :middle], torch.full((4, 1), middle), patches[:, middle:]], dim=1)  # (4, L)
+    orders = torch.cat([patches[:, :middle], torch.full((4, 1), middle), patches[:, middle:]], dim=1)  # (4, L)
+    return orders[:directions]
 
 
-def inverse_order(order):
-    """The permutation that undoes `order`, along the last dimension: raster[i] = sequence[inverse[i]]."""
-    return order.argsort(dim=-1)
+class ARMClassifier(nn.Module):
+    """The finetuning model: the same encoder in raster order with a CLS token in the middle, scanned four ways.
+
+    Clusters were what to predict; now nothing is, and rows and columns, both ways, let every patch see every other.
+    image_size, patch_size in pixels; drop_path: the rate that stochastic depth rises to from block to block, in
+    training; pool: "mean" (the mean of the tokens before CLS and the mean of those after it, averaged) or "cls". Raises
+    BadInput where these do not fit together.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_classes=1000, drop_path=0.0, pool="mean",
+                 directions=4):
+        super().__init__()
+        check(directions in (1, 2, 4), f"directions must be 1, 2 or 4, not {directions}")
+        check(pool in ("mean", "cls"), f'pool must be "mean" or "cls", not "{pool}"')
+        check(0 <= drop_path < 1, f"drop_path is a rate from 0 to below 1, not {drop_path}")
+        self.pool = pool
+        self.patch_embed = PatchEmbed(image_size, patch_size, dim)
+        self.grid = grid = self.patch_embed.grid
+        check(grid > 1, f"one patch of {patch_size}x{patch_size} pixels is the whole image: choose a smaller one")
+        self.register_buffer("orders", scan_orders(grid, directions))  # (G, L)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.pos_embed = nn.Parameter(with_cls(sincos_position(dim, grid)[None], torch.zeros(1, 1, dim)))
+        # Block i has the rate of block i - 1, as in the released code.
+        rates = [drop_path * max(i - 1, 0) / max(depth - 1, 1) for i in range(depth)]
+        self.layers = nn.ModuleList(Block(dim, depth, directions, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim)
+        self.head = linear(dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward(self, images):
+        """images: (B, 3, H, W), normalised -> logits (B, num_classes)."""
+        x, middle = self.encode(images), self.grid**2 // 2  # (B, L, D)
+        if self.pool == "cls":
+            return self.head(x[:, middle])
+        return self.head((x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2)
+
+    def features(self, images):
+        """images: (B, 3, H, W) -> the patch tokens after the final norm, as a map: (B, rows, columns, dim)."""
+        return without_cls(self.encode(images)).unflatten(1, (self.grid, self.grid))
+
+    def encode(self, images):
+        """images: (B, 3, H, W) -> all tokens after the final norm, in raster order, CLS in the middle: (B, L, D)."""
+        x = self.patch_embed(images)
+        x = with_cls(x, self.cls_token.expand(x.shape[0], -1, -1)) + self.pos_embed  # (B, L, D)
+        for layer in self.layers:
+            x = layer(x, self.orders)
+        return self.norm(x)
+
+
+def with_cls(patches, cls):
+    """patches: (B, L - 1, D), cls: (B, 1, D) -> (B, L, D), CLS in the middle."""
+    middle = patches.shape[1] // 2
+    return torch.cat([patches[:, :middle], cls, patches[:, middle:]], dim=1)
+
+
+def without_cls(tokens):
+    """tokens: (B, L, D) -> the patches alone, (B, L - 1, D)."""
+    middle = (tokens.shape[1] - 1) // 2
+    return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What both are made of (section 3.1): patches and positions, the block, the MLP, the mixer
+
+
+class PatchEmbed(nn.Conv2d):
+    """The P x P convolution, stride P, that makes a token of each patch; LeCun-normal weight, zero bias.
+
+    Raises BadInput where patches do not tile an image, or an image has another size.
+    """
+
+    def __init__(self, image_size, patch_size, dim):
+        check(1 <= patch_size <= image_size and image_size % patch_size == 0,
+              f"patches of {patch_size}x{patch_size} pixels do not tile an image of {image_size}x{image_size}: choose "
+              f"an image size that is a multiple of the patch size")
+        super().__init__(3, dim, patch_size, stride=patch_size)
+        self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
+        std = math.sqrt(1 / (3 * patch_size**2)) / 0.87962566103423978  # a normal cut at 2 std has 0.88 of its spread
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, images):
+        """images: (B, 3, H, W) -> (B, L, D) in raster order."""
+        check(images.ndim == 4 and images.shape[1:] == (3, self.image_size, self.image_size), "this model reads images "
+              f"of shape (batch, 3, {self.image_size}, {self.image_size}), not {tuple(images.shape)}")
+        patches = images.unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1))  # (B, 3, rows, P, columns, P)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, L, 3 * P * P)
+        return F.linear(patches, self.weight.flatten(1), self.bias)  # the convolution; faster on GPUs
 
 
 def sincos_position(dim, grid):
     """Fixed 2-D sin-cos position code of grid x grid patches in raster order: (grid * grid, dim), dim in fours."""
-    if dim % 4:
-        raise ValueError(f"the 2-D position code needs a number of channels that 4 divides, not {dim}")
+    check(dim % 4 == 0, f"the 2-D position code needs a number of channels that 4 divides, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))  # (D / 4,)
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     x, y = x.reshape(-1, 1) * omega, y.reshape(-1, 1) * omega  # (L, D / 4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (L, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The selective scan: a linear recurrence whose coefficients depend on the input.
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); drop_path: how often an image skips a branch, in training."""
 
-
-class SelectiveScan(torch.autograd.Function):
-    """h_t = exp(delta_t A) h_{t-1} + (delta_t x_t) B_t,  y_t = h_t C_t: token by token, and backward by hand.
-
-    Only every KEEP-th state is kept for the backward pass, which computes those between again. So a step's numbers
-    stay in the cache: on a CPU, forward and backward over 197 tokens of 768 channels take 0.4 times as long as when the
-    loop is left to autograd.
-    """
-
-    KEEP = 16
-
-    @staticmethod
-    def forward(ctx, delta, dx, A, B, C):
-        """delta, dx = delta x: (G, B, L, D); A: (G, D, N); B, C: (G, B, L, N). Returns y: (G, B, L, D)."""
-        A = A.mT[:, None].contiguous()  # (G, 1, N, D), channels last: what is summed over states is then fast
-        h = dx.new_zeros(*dx.shape[:2], *A.shape[2:])  # (G, B, N, D)
-        y, kept = torch.empty_like(dx), []
-        for t in range(dx.shape[2]):
-            if t % SelectiveScan.KEEP == 0:
-                kept.append(h)
-            h = SelectiveScan.step(h, torch.exp(delta[:, :, t, None] * A), dx, B, t)
-            y[:, :, t] = (C[:, :, t, None] @ h).squeeze(-2)  # (G, B, D)
-        ctx.save_for_backward(delta, dx, A, B, C, *kept)
-        return y
-
-    @staticmethod
-    def step(h, decay, dx, B, t):
-        """The state after token t: (G, B, N, D)."""
-        return torch.addcmul(dx[:, :, t, None] * B[:, :, t, :, None], decay, h)
-
-    @staticmethod
-    def backward(ctx, dy):
-        """The gradient g of the state obeys the same recurrence, run from the last token to the first."""
-        delta, dx, A, B, C, *kept = ctx.saved_tensors
-        grad_delta, grad_dx, grad_B, grad_C = map(torch.empty_like, (delta, dx, B, C))
-        g, grad_A = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])  # (G, B, N, D)
-        for chunk in reversed(range(len(kept))):
-            start = chunk * SelectiveScan.KEEP
-            stop = min(start + SelectiveScan.KEEP, dx.shape[2])
-            states, decays = [kept[chunk]], []
-            for t in range(start, stop):
-                decays.append(torch.exp(delta[:, :, t, None] * A))
-                states.append(SelectiveScan.step(states[-1], decays[-1], dx, B, t))
-            for t in reversed(range(start, stop)):
-                dy_t = dy[:, :, t, None]  # (G, B, 1, D)
-                g.addcmul_(dy_t, C[:, :, t, :, None])
-                grad_C[:, :, t] = (states.pop() @ dy_t.mT).squeeze(-1)
-                grad_B[:, :, t] = (g @ dx[:, :, t, :, None]).squeeze(-1)
-                grad_dx[:, :, t] = (B[:, :, t, None] @ g).squeeze(-2)
-                g *= decays.pop()  # from here on the gradient of the state before token t
-                grad_exponent = g * states[-1]
-                grad_delta[:, :, t] = (grad_exponent * A).sum(-2)
-                grad_A.addcmul_(grad_exponent, delta[:, :, t, None])
-        return grad_delta, grad_dx, grad_A.sum(1).mT, grad_B, grad_C
-
-
-def selective_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
-    """The selective scan with its step size, skip and gate (Mamba, algorithm 2), in G directions with parameters of
-    their own, whose results are put back in one order and averaged.
-
-    x, dt: (G, B, L, D) in the orders of the scans, dt before its bias and the softplus; dt_bias, D: (G, D); A: (G, D,
-    N), negative; B, C: (G, B, L, N); z: (B, L, D), the gate; orders: (G, L), the permutations of z's order in which the
-    directions come, or None for one direction as it is. Returns (B, L, D) in the dtype of x; inside, everything is
-    float32 (or float64, if x is).
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x32, dt, dt_bias, A, B, C, D = (t.to(dtype) for t in (x, dt, dt_bias, A, B, C, D))
-        delta = F.softplus(dt + dt_bias[:, None, None])  # (G, B, L, D)
-        y = SelectiveScan.apply(delta, delta * x32, A, B, C) + D[:, None, None] * x32
-        return merge(y, z, orders).to(x.dtype)
-
-
-def merge(y, z, orders):
-    """The end of the scans: y, (G, B, L, D), in the order of z, averaged and gated: (B, L, D)."""
-    if orders is not None:
-        y = torch.stack([y_g[:, order] for y_g, order in zip(y, inverse_order(orders))])
-    return y.mean(dim=0) * F.silu(z)
-
-
-def causal_conv1d(x, weight, bias, orders=None):
-    """SiLU of depthwise convolutions in which a token sees itself and the width - 1 tokens before it, in G directions.
-
-    x: (B, L, D); weight: (G, D, width); bias: (G, D); orders: (G, L), the order in which each direction reads x, or
-    None for one direction as it comes. Returns (G, B, L, D) in those orders.
-    """
-    x = x[None] if orders is None else torch.stack([x[:, order] for order in orders])  # (G, B, L, D)
-    length, width = x.shape[2], weight.shape[-1]
-    past = F.pad(x, (0, 0, width - 1, 0))  # (G, B, width - 1 + L, D)
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    y = sum(past[:, :, k : k + length] * weight[:, None, None, :, k] for k in range(width))
-    return F.silu(y + bias[:, None, None])
-
-
-def mamba_ssm_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
-    """`selective_scan` by the mamba-ssm package's CUDA kernel, all directions in one call as its groups."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    def channels_first(t):  # (G, B, L, D) -> (B, G * D, L), as the kernel reads it
-        return t.permute(1, 0, 3, 2).flatten(1, 2)
-
-    B, C = (t.to(x.dtype).permute(1, 0, 3, 2).contiguous() for t in (B, C))  # (B, G, N, L)
-    y = selective_scan_fn(channels_first(x), channels_first(dt.to(x.dtype)), A.float().flatten(0, 1), B, C,
-                          D.float().flatten(), delta_bias=dt_bias.float().flatten(), delta_softplus=True)
-    return merge(y.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2), z, orders)
-
-
-def mamba_ssm_conv1d(x, weight, bias, orders=None):
-    """`causal_conv1d` by the causal-conv1d package's CUDA kernel."""
-    from causal_conv1d import causal_conv1d_fn
-
-    x = x[:, None] if orders is None else x[:, orders]  # (B, G, L, D)
-    weight, bias = weight.to(x.dtype).flatten(0, 1), bias.to(x.dtype).flatten()
-    y = causal_conv1d_fn(x.transpose(2, 3).flatten(1, 2), weight, bias, activation="silu")
-    return y.unflatten(1, x.shape[1::2]).permute(1, 0, 3, 2)
-
-
-@functools.lru_cache
-def mamba_ssm_installed():
-    """Whether mamba-ssm and causal-conv1d can be imported."""
-    try:
-        import causal_conv1d as _, mamba_ssm as _  # noqa: E401, F401
-    except ImportError:
-        return False
-    return True
-
-
-def kernels(device):
-    """The convolution and the scan that run on `device`: on CUDA those in Triton, at the end of this file, else
-    PyTorch's. The environment variable ARM_SCAN=torch, triton or mamba_ssm forces a choice. Raises ValueError for
-    another value, or where the choice cannot run.
-    """
-    triton_installed = not isinstance(triton, SimpleNamespace)
-    default = "triton" if triton_installed and device.type != "cpu" else "torch"
-    choice = default if device.type == "meta" else os.environ.get("ARM_SCAN") or default
-    if choice == "torch":
-        return causal_conv1d, selective_scan
-    if choice == "triton":
-        if triton_installed and (device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"):
-            return triton_conv1d, triton_scan
-        raise ValueError("ARM_SCAN=triton needs a CUDA device and Triton, which comes with PyTorch for CUDA")
-    if choice == "mamba_ssm":
-        if device.type == "cuda" and mamba_ssm_installed():
-            return mamba_ssm_conv1d, mamba_ssm_scan
-        raise ValueError("ARM_SCAN=mamba_ssm needs a CUDA device and the packages mamba-ssm and causal-conv1d")
-    raise ValueError(f"ARM_SCAN={choice} is not a scan: use torch, triton or mamba_ssm")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The mixer and the block (section 3.1)
-
-
-def linear(in_features, out_features, bias=True):
-    """nn.Linear with PyTorch's initial weight and a zero bias."""
-    layer = nn.Linear(in_features, out_features, bias)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Direction(nn.Module):
-    """What one scan direction owns: convolution, the projections that make delta, B and C, A and the skip D."""
-
-    def __init__(self, dim, state_size=16, conv_width=4):
+    def __init__(self, dim, depth, directions=1, drop_path=0.0):
         super().__init__()
-        rank = math.ceil(dim / 16)
-        self.conv1d = nn.Conv1d(dim, dim, conv_width, groups=dim)
-        self.x_proj = linear(dim, rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(rank, dim)
-        self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(dim, 1))  # (D, N)
-        self.D = nn.Parameter(torch.ones(dim))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mixer, self.mlp = Mamba(dim, depth, directions), SwiGLU(dim)
+        self.drop_path = drop_path
+        self.recompute = False  # whether the backward pass computes activations again: less memory, more work
 
-        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        delta = torch.empty(dim).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # softplus of it is delta
+    def forward(self, x, orders=None):
+        """x: (B, L, D); orders as in Mamba."""
+        return checkpoint(self.branches, x, orders, use_reentrant=False) if self.recompute else self.branches(x, orders)
 
+    def branches(self, x, orders):
+        x = x + self.drop(self.mixer(self.norm1(x), orders))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
-class Mamba(nn.Module):
-    """The Mamba mixer (Mamba, algorithm 2; expansion 1), which scans in one direction or in four (section 3.3).
-
-    One direction: causal, in the order in which the tokens come. Four: each direction reads its own permutation with
-    parameters of its own; the outputs are put back and averaged. Input, output and gate projections are shared.
-    """
-
-    def __init__(self, dim, depth, directions=1):
-        super().__init__()
-        self.in_proj = linear(dim, 2 * dim, bias=False)
-        self.directions = nn.ModuleList(Direction(dim) for _ in range(directions))
-        self.out_proj = linear(dim, dim, bias=False)
-        with torch.no_grad():
-            self.out_proj.weight /= math.sqrt(depth)
-
-    def stack(self, name):
-        """The parameter `name` of all directions: (G, ...)."""
-        return torch.stack([direction.get_parameter(name) for direction in self.directions])
-
-    def forward(self, u, orders=None):
-        """u: (B, L, D); orders: (G, L), one permutation for each direction, or None for one direction as it comes."""
-        conv1d, scan = kernels(u.device)
-        x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, L, D) each
-        x = conv1d(x, self.stack("conv1d.weight").squeeze(2), self.stack("conv1d.bias"), orders)  # (G, B, L, D)
-        A = -self.stack("A_log").exp()  # (G, D, N)
-        state_size = A.shape[-1]
-        rank = self.directions[0].dt_proj.in_features
-        dt_B_C = torch.einsum("gbld,gnd->gbln", x, self.stack("x_proj.weight"))  # (G, B, L, R + 2 N)
-        dt, B, C = dt_B_C.split([rank, state_size, state_size], dim=-1)
-        dt = torch.einsum("gblr,gdr->gbld", dt, self.stack("dt_proj.weight"))  # (G, B, L, D)
-        y = scan(x, dt, self.stack("dt_proj.bias"), A, B, C, self.stack("D"), z, orders)  # (B, L, D)
-        return self.out_proj(y)
+    def drop(self, branch):
+        """Stochastic depth: 0 for some images, in training; the others make up for it."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * (torch.rand(branch.shape[0], 1, 1, device=branch.device) < keep) / keep
 
 
 class SwiGLU(nn.Module):
@@ -334,401 +424,270 @@ class SwiGLU(nn.Module):
         return F.linear(F.silu(w1) * w2, F.pad(self.w3.weight, (0, pad)), self.w3.bias)
 
 
-class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+def linear(in_features, out_features, bias=True):
+    """nn.Linear with PyTorch's initial weight and a zero bias."""
+    layer = nn.Linear(in_features, out_features, bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
-    def __init__(self, dim, depth, directions=1):
+
+class Mamba(nn.Module):
+    """The Mamba mixer (Mamba, algorithm 2; expansion 1), which scans in one direction or in several (section 3.3).
+
+    One direction: causal, in the order in which the tokens come. Several: each direction reads its own permutation with
+    parameters of its own; the outputs are put back and averaged. Input, output and gate projections are shared.
+    """
+
+    def __init__(self, dim, depth, directions=1, state_size=16, conv_width=4):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mixer = Mamba(dim, depth, directions)
-        self.mlp = SwiGLU(dim)
+        G, D, N, W, self.rank = directions, dim, state_size, conv_width, math.ceil(dim / 16)
+        self.in_proj, self.out_proj = linear(D, 2 * D, bias=False), linear(D, D, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+        # What each direction owns: the convolution, the projections that make delta, B and C, A and the skip D.
+        self.conv_weight, self.conv_bias = uniform(G, D, W, bound=W**-0.5), uniform(G, D, bound=W**-0.5)
+        self.x_proj = uniform(G, self.rank + 2 * N, D, bound=D**-0.5)
+        self.dt_proj = uniform(G, D, self.rank, bound=self.rank**-0.5)
+        delta = torch.empty(G, D).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # softplus of it is delta
+        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(G, D, 1))
+        self.D = nn.Parameter(torch.ones(G, D))
 
-    def forward(self, x, orders=None, branch_scale=None):
-        """x: (B, L, D); orders as in Mamba; branch_scale: (B, 2), each image's factors for the two branches, or None.
-        """
-        mixed, mlp = (1, 1) if branch_scale is None else branch_scale[..., None, None].unbind(1)  # (B, 1, 1) each
-        x = x + mixed * self.mixer(self.norm1(x), orders)
-        return x + mlp * self.mlp(self.norm2(x))
-
-
-def run_block(block, *inputs, recompute):
-    """block(*inputs); with recompute, its activations are not kept but computed again in the backward pass."""
-    return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-
-
-def patch_embedding(dim, patch_size):
-    """The P x P convolution, stride P, that makes a token of each patch; LeCun-normal weight, zero bias."""
-    conv = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-    std = math.sqrt(1 / (3 * patch_size**2)) / 0.87962566103423978  # a normal cut at 2 std has 0.88 of its spread
-    nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(conv.bias)
-    return conv
+    def forward(self, u, orders=None):
+        """u: (B, L, D); orders: (G, L), one permutation for each direction, or None for one direction as it comes."""
+        conv1d, scan = kernels(u.device)
+        x, z = self.in_proj(u).chunk(2, dim=-1)  # (B, L, D) each
+        x = conv1d(x, self.conv_weight, self.conv_bias, orders)  # (G, B, L, D)
+        N = self.A_log.shape[-1]
+        dt, B, C = torch.einsum("gbld,gnd->gbln", x, self.x_proj).split([self.rank, N, N], dim=-1)  # (G, B, L, R or N)
+        dt = torch.einsum("gblr,gdr->gbld", dt, self.dt_proj)  # (G, B, L, D)
+        return self.out_proj(scan(x, dt, self.dt_bias, -self.A_log.exp(), B, C, self.D, z, orders))  # (B, L, D)
 
 
-def patch_grid(image_size, patch_size):
-    """Patches along an image side. Raises ValueError where patches do not tile the image."""
-    if patch_size < 1 or image_size < patch_size or image_size % patch_size:
-        raise ValueError(f"patches of {patch_size}x{patch_size} pixels do not tile an image of {image_size}x"
-                         f"{image_size}: choose an image size that is a multiple of the patch size")
-    return image_size // patch_size
-
-
-def embed_patches(patch_embed, images, image_size):
-    """images: (B, 3, H, W) -> (B, L, D) in raster order. Raises ValueError for another size than the model's."""
-    if images.ndim != 4 or images.shape[1:] != (3, image_size, image_size):
-        raise ValueError(f"this model reads images of shape (batch, 3, {image_size}, {image_size}), "
-                         f"not {tuple(images.shape)}")
-    patch, grid = patch_embed.kernel_size[0], image_size // patch_embed.kernel_size[0]
-    patches = images.unflatten(3, (grid, patch)).unflatten(2, (grid, patch))  # (B, 3, rows, P, columns, P)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, L, 3 * P * P)
-    return F.linear(patches, patch_embed.weight.flatten(1), patch_embed.bias)  # the convolution; faster on GPUs
+def uniform(*shape, bound):
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pretraining: predict the next cluster (section 3.2)
+# The selective scan: a linear recurrence whose coefficients depend on the input.
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention of queries to features, in heads of 64 channels."""
+def selective_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
+    """The selective scan with its step size, skip and gate (Mamba, algorithm 2), in G directions with parameters of
+    their own, whose results are put back in one order and averaged:
 
-    def __init__(self, dim):
-        super().__init__()
-        self.num_heads = dim // 64
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        h_t = exp(delta_t A) h_{t-1} + (delta_t x_t) B_t,   y_t = C_t h_t + D x_t,   delta_t = softplus(dt_t + dt_bias)
 
-    def forward(self, query, features, mask):
-        """query: (B, T, E); features: (B, S, E); mask: (T, S), true where a query may look. Returns (B, T, E)."""
-        q, k, v = (t.unflatten(-1, (self.num_heads, 64)).transpose(1, 2)  # (B, heads, T or S, 64)
-                   for t in (self.q(query), *self.kv(features).chunk(2, dim=-1)))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class DecoderBlock(nn.Module):
-    """Cross-attention to one tap of the encoder, then an MLP. There is no self-attention."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.norm_query, self.norm_features, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
-        self.attention = CrossAttention(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-
-    def forward(self, query, features, mask):
-        query = query + self.attention(self.norm_query(query), self.norm_features(features), mask)
-        return query + self.mlp(self.norm_mlp(query))
-
-
-class ARM(nn.Module):
-    """The pretraining model: a causal Mamba reads clusters 1..k, a decoder predicts the pixels of cluster k + 1.
-
-    image_size, patch_size in pixels; cluster_size in patches along a side; dim, depth: the encoder's; decoder_dim,
-    decoder_depth: the decoder's width (in 64s) and blocks. Raises ValueError where these do not fit together.
+    x, dt: (G, B, L, D) in the orders of the scans; dt_bias, D: (G, D); A: (G, D, N), negative; B, C: (G, B, L, N); z:
+    (B, L, D), the gate; orders: (G, L), the permutations of z's order in which the directions come, or None for one
+    direction as it is. Returns (B, L, D) in the dtype of x; inside, everything is float32 (or float64, if x is).
     """
-
-    def __init__(self, image_size=192, patch_size=16, cluster_size=4, dim=768, depth=12, decoder_dim=512,
-                 decoder_depth=4):
-        super().__init__()
-        self.image_size, self.patch_size = image_size, patch_size
-        self.activation_checkpointing = False  # the encoder's: less memory for about a third more work
-        self.grid = patch_grid(image_size, patch_size)
-        order = cluster_order(self.grid, cluster_size)
-        if self.grid == cluster_size:
-            raise ValueError(f"one cluster of {cluster_size}x{cluster_size} patches fills the whole image of "
-                             f"{self.grid}x{self.grid}: choose a smaller cluster size, so that there is a next one")
-        if decoder_dim < 64 or decoder_dim % 64:
-            raise ValueError(f"the decoder has heads of 64 channels: its width must be a multiple of 64, "
-                             f"not {decoder_dim}")
-        if not 1 <= decoder_depth <= depth // 2 + 1:
-            raise ValueError(f"a decoder of {decoder_depth} blocks cannot tap an encoder of {depth} from its middle "
-                             f"to its end: choose 1 to {depth // 2 + 1}")
-        self.cluster_tokens = cluster_size**2
-        self.register_buffer("order", order, persistent=False)  # (L,)
-        cluster = torch.arange(len(order) - self.cluster_tokens) // self.cluster_tokens
-        # Query i is of target cluster 2 + cluster[i], feature j of cluster 1 + cluster[j]: it must come earlier.
-        self.register_buffer("mask", cluster[None, :] <= cluster[:, None], persistent=False)
-
-        self.patch_embed = patch_embedding(dim, patch_size)
-        self.register_buffer("pos_embed", sincos_position(dim, self.grid)[None])  # (1, L, D)
-        self.layers = nn.ModuleList(Block(dim, depth) for _ in range(depth))
-
-        between = depth / 2 / max(decoder_depth - 1, 1)
-        self.taps = [depth - round(between * k) for k in reversed(range(decoder_depth))]  # blocks counted from 1
-        self.tap_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.taps)
-        self.tap_proj = linear(decoder_depth * dim, decoder_depth * decoder_dim)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, decoder_dim), std=0.02))
-        self.register_buffer("decoder_pos_embed", sincos_position(decoder_dim, self.grid)[None], persistent=False)
-        self.decoder = nn.ModuleList(DecoderBlock(decoder_dim) for _ in range(decoder_depth))
-        self.decoder_norm = nn.LayerNorm(decoder_dim)
-        self.pixel_proj = linear(decoder_dim, 3 * patch_size**2)
-
-    def forward(self, images):
-        """images: (B, 3, H, W), normalised -> the loss, a scalar: mean squared error of all predicted patches."""
-        return F.mse_loss(self.predict(images), self.normalized_targets(images)[0])
-
-    def predict(self, images):
-        """images: (B, 3, H, W) -> normalised pixels (B, T, P * P * 3) of the T tokens after the first cluster, in
-        cluster order. Those of cluster k + 1 are computed from clusters 1..k alone.
-        """
-        # Encoder: all clusters but the last, which nothing is predicted from.
-        x = embed_patches(self.patch_embed, images, self.image_size) + self.pos_embed  # (B, L, D)
-        x = x[:, self.order[: -self.cluster_tokens]]  # (B, T, D)
-        tapped = []
-        for i, layer in enumerate(self.layers, start=1):
-            x = run_block(layer, x, recompute=self.activation_checkpointing)
-            if i in self.taps:
-                tapped.append(self.tap_norms[len(tapped)](x))
-
-        # Decoder: block k reads channels k, k + 4, k + 8, ... of the projected taps.
-        features = self.tap_proj(torch.cat(tapped, dim=-1)).unflatten(-1, (-1, len(self.taps)))  # (B, T, E, 4)
-        query = self.mask_token + self.decoder_pos_embed[:, self.order[self.cluster_tokens :]]  # (1, T, E)
-        query = query.expand(len(images), -1, -1)
-        for block, feature in zip(self.decoder, features.unbind(-1)):
-            query = block(query, feature, self.mask)
-        return self.pixel_proj(self.decoder_norm(query))  # (B, T, P * P * 3)
-
-    def normalized_targets(self, images):
-        """images: (B, 3, H, W) -> target patches (B, T, P * P * 3), each minus its mean and over its spread; and those
-        means and spreads, (B, T, 1) each.
-        """
-        patches = F.pixel_unshuffle(images, self.patch_size)  # (B, 3 * P * P, rows, columns)
-        patches = patches.unflatten(1, (3, -1)).flatten(3).permute(0, 3, 2, 1).flatten(2)  # (B, L, P * P * 3)
-        patches = patches[:, self.order[self.cluster_tokens :]]  # (B, T, P * P * 3)
-        mean = patches.mean(dim=-1, keepdim=True)
-        spread = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-        return (patches - mean) / spread, mean, spread
-
-    @torch.no_grad()
-    def reconstruct(self, images):
-        """images: (B, 3, H, W) -> (B, 3, H, W): each patch as it is predicted, given back its own mean and spread. The
-        first cluster, which is read and never predicted, is left at 0.
-        """
-        _, mean, spread = self.normalized_targets(images)
-        patches = self.predict(images).float() * spread + mean  # (B, T, P * P * 3)
-        patches = F.pad(patches, (0, 0, self.cluster_tokens, 0))[:, inverse_order(self.order)]  # (B, L, P * P * 3)
-        patches = patches.unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)  # (B, L, 3 * P * P)
-        return F.pixel_shuffle(patches.mT.unflatten(2, (self.grid, self.grid)), self.patch_size)
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x32, dt, dt_bias, A, B, C, D = (t.to(dtype) for t in (x, dt, dt_bias, A, B, C, D))
+        delta = F.softplus(dt + dt_bias[:, None, None])  # (G, B, L, D)
+        A = A.mT[:, None]  # (G, 1, N, D), channels last: what is summed over states is then fast
+        h, ys = 0, []  # the state, (G, B, N, D)
+        for delta_t, x_t, B_t, C_t in zip(*(t.unbind(2) for t in (delta, x32, B, C))):
+            h = torch.exp(delta_t[:, :, None] * A) * h + (delta_t * x_t)[:, :, None] * B_t[..., None]
+            ys.append((C_t[:, :, None] @ h).squeeze(-2))  # (G, B, D)
+        return merge(torch.stack(ys, dim=2) + D[:, None, None] * x32, z, orders).to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Finetuning: four directions and a classifier (section 3.3)
+def merge(y, z, orders):
+    """The end of the scans: y, (G, B, L, D), put back in the order of z, averaged and gated: (B, L, D)."""
+    if orders is not None:
+        y = torch.stack([y_g[:, order] for y_g, order in zip(y, orders.argsort(dim=-1))])
+    return y.mean(dim=0) * F.silu(z)
 
 
-class ARMClassifier(nn.Module):
-    """The finetuning model: the same encoder in raster order with a CLS token in the middle, scanned four ways.
+def causal_conv1d(x, weight, bias, orders=None):
+    """SiLU of depthwise convolutions in which a token sees itself and the width - 1 tokens before it, in G directions.
 
-    image_size, patch_size in pixels; drop_path: the rate that stochastic depth rises to from block to block, in
-    training; pool: "mean" (the mean of the tokens before CLS and the mean of those after it, averaged) or "cls". Raises
-    ValueError where these do not fit together.
+    x: (B, L, D); weight: (G, D, width); bias: (G, D); orders: (G, L), the order in which each direction reads x, or
+    None for one direction as it comes. Returns (G, B, L, D) in those orders.
     """
-
-    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_classes=1000, drop_path=0.0, pool="mean"):
-        super().__init__()
-        if pool not in ("mean", "cls"):
-            raise ValueError(f'pool must be "mean" or "cls", not "{pool}"')
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path is a rate from 0 to below 1, not {drop_path}")
-        self.image_size, self.pool = image_size, pool
-        self.activation_checkpointing = False  # as in ARM
-        self.grid = patch_grid(image_size, patch_size)
-        if self.grid == 1:
-            raise ValueError(f"one patch of {patch_size}x{patch_size} pixels is the whole image: choose a smaller one")
-        self.register_buffer("orders", scan_orders(self.grid), persistent=False)  # (4, L)
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.drop_path_rates = [0.0, *rates[:-1]]  # block i has the rate of block i - 1, as in the released code
-
-        self.patch_embed = patch_embedding(dim, patch_size)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.pos_embed = nn.Parameter(with_cls(sincos_position(dim, self.grid)[None], torch.zeros(1, 1, dim)))
-        self.layers = nn.ModuleList(Block(dim, depth, directions=4) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
-        self.head = linear(dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-
-    def forward(self, images, branch_scale=None):
-        """images: (B, 3, H, W), normalised -> logits (B, num_classes). branch_scale: as draw_drop_path returns it;
-        in training it is drawn here where it is not given.
-        """
-        x = self.encode(images, branch_scale)  # (B, L, D)
-        middle = self.grid**2 // 2
-        if self.pool == "cls":
-            return self.head(x[:, middle])
-        return self.head((x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2)
-
-    def features(self, images):
-        """images: (B, 3, H, W) -> the patch tokens after the final norm, as a map: (B, rows, columns, dim)."""
-        x = without_cls(self.encode(images))
-        return x.unflatten(1, (self.grid, self.grid))
-
-    def encode(self, images, branch_scale=None):
-        """images: (B, 3, H, W) -> all tokens after the final norm, in raster order, CLS in the middle: (B, L, D)."""
-        if branch_scale is None and self.training and self.drop_path_rates[-1] > 0:
-            branch_scale = self.draw_drop_path(len(images)).to(images.device)
-        x = embed_patches(self.patch_embed, images, self.image_size)
-        x = with_cls(x, self.cls_token.expand(len(x), -1, -1)) + self.pos_embed  # (B, L, D)
-        for i, layer in enumerate(self.layers):
-            scale = None if branch_scale is None else branch_scale[:, i]
-            x = run_block(layer, x, self.orders, scale, recompute=self.activation_checkpointing)
-        return self.norm(x)
-
-    def draw_drop_path(self, batch, generator=None):
-        """Stochastic depth for `batch` images: the factor of each branch, 0 or 1 / (1 - rate): (batch, depth, 2)."""
-        keep = 1 - torch.tensor(self.drop_path_rates)[:, None]  # (depth, 1)
-        return (torch.rand(batch, len(keep), 2, generator=generator) < keep) / keep
+    x = x[None] if orders is None else torch.stack([x[:, order] for order in orders])  # (G, B, L, D)
+    length, width = x.shape[2], weight.shape[-1]
+    past = F.pad(x, (0, 0, width - 1, 0))  # (G, B, width - 1 + L, D)
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    y = sum(past[:, :, k : k + length] * weight[:, None, None, :, k] for k in range(width))
+    return F.silu(y + bias[:, None, None])
 
 
-def with_cls(patches, cls):
-    """patches: (B, L - 1, D), cls: (B, 1, D) -> (B, L, D), CLS in the middle."""
-    middle = patches.shape[1] // 2
-    return torch.cat([patches[:, :middle], cls, patches[:, middle:]], dim=1)
-
-
-def without_cls(tokens):
-    """tokens: (B, L, D) -> the patches alone, (B, L - 1, D)."""
-    middle = (tokens.shape[1] - 1) // 2
-    return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1)
+def kernels(device):
+    """The convolution and the scan that run on `device`: on CUDA those in Triton, at the end of this file, else the two
+    above. The environment variable ARM_SCAN=torch, triton or mamba_ssm forces a choice. Raises BadInput for another
+    value, or where the choice cannot run.
+    """
+    triton_installed = not isinstance(triton, SimpleNamespace)
+    default = "triton" if triton_installed and device.type != "cpu" else "torch"
+    choice = default if device.type == "meta" else os.environ.get("ARM_SCAN") or default
+    if choice == "triton":
+        check(triton_installed and (device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"),
+              "ARM_SCAN=triton needs a CUDA device and Triton, which comes with PyTorch for CUDA")
+        return triton_conv1d, triton_scan
+    if choice == "mamba_ssm":
+        check(device.type == "cuda" and mamba_ssm_installed(),
+              "ARM_SCAN=mamba_ssm needs a CUDA device and the packages mamba-ssm and causal-conv1d")
+        return mamba_ssm_conv1d, mamba_ssm_scan
+    check(choice == "torch", f"ARM_SCAN={choice} is not a scan: use torch, triton or mamba_ssm")
+    return causal_conv1d, selective_scan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights: our own checkpoints and the authors' released ones
 
-RELEASED_NAMES = [  # (name in the released checkpoints, name here), regular expressions
-    (r"^patch_embed\.proj\.", "patch_embed."),
-    (r"^norm_f\.", "norm."),
-    (r"^norm_(\d+)\.", lambda m: f"tap_norms.{int(m[1]) - 1}."),
-    (r"^enc2dec\.", "tap_proj."),
-    (r"^ar_token$", "mask_token"),
-    (r"^ar_norm\.", "decoder_norm."),
-    (r"^ar_pred\.", "pixel_proj."),
-    (r"^dec_block\.(\d+)\.norm2_1\.", r"decoder.\1.norm_query."),
-    (r"^dec_block\.(\d+)\.norm2_2\.", r"decoder.\1.norm_features."),
-    (r"^dec_block\.(\d+)\.norm2\.", r"decoder.\1.norm_mlp."),
-    (r"^dec_block\.(\d+)\.attn2\.", r"decoder.\1.attention."),
-    (r"^dec_block\.(\d+)\.mlp\.fc1\.", r"decoder.\1.mlp.0."),
-    (r"^dec_block\.(\d+)\.mlp\.fc2\.", r"decoder.\1.mlp.2."),
-    (r"mixer\.(conv1d|x_proj|dt_proj|A|D)(|_b|_c|_c_b)((?:_log|\.weight|\.bias)?)$",
-     lambda m: f"mixer.directions.{['', '_b', '_c', '_c_b'].index(m[2])}.{m[1]}{m[3]}"),
+RELEASED_NAMES = [  # (in the released checkpoints, here), regular expressions
+    (r"^patch_embed\.proj\.", "patch_embed."), (r"^dec_pos_embed$", "decoder_pos_embed"),
+    (r"^mask$", "released_mask"), (r"^norm_f\.", "norm."),
+    (r"^norm_(\d+)\.", lambda m: f"tap_norms.{int(m[1]) - 1}."), (r"^enc2dec\.", "tap_proj."),
+    (r"^ar_token$", "mask_token"), (r"^ar_norm\.", "decoder_norm."), (r"^ar_pred\.", "pixel_proj."),
+    (r"^dec_block\.", "decoder."), (r"\.norm2_1\.", ".norm_query."), (r"\.norm2_2\.", ".norm_features."),
+    (r"^(decoder\.\d+)\.norm2\.", r"\1.norm_mlp."), (r"\.attn2\.", ".attention."), (r"\.fc1\.", ".0."),
+    (r"\.fc2\.", ".2."),
+    (r"\.(conv1d|x_proj|dt_proj|A|D)(?:_b|_c|_c_b)(_log|\.weight|\.bias)?$", r".\1\2"),  # stacked by from_released
+    (r"\.conv1d\.(weight|bias)$", r".conv_\1"), (r"\.dt_proj\.bias$", ".dt_bias"),
+    (r"\.(x|dt)_proj\.weight$", r".\1_proj"),
 ]
+RELEASED_DIRECTIONS = ["", "_b", "_c", "_c_b"]  # what the names of the four directions' parameters end with
+OF_DIRECTIONS = (".conv_weight", ".conv_bias", ".x_proj", ".dt_proj", ".dt_bias", ".A_log", ".D")  # of Mamba, (G, ...)
+WRAPPERS = r"(?<![^.])(module|model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # of other tools
 ENCODER = ("patch_embed.", "layers.", "pos_embed")  # what every checkpoint must bring; all else may start fresh
+FIXED = ("order", "orders", "mask", "decoder_pos_embed")  # buffers that are computed, not learned
 
 
 def rename_released(name):
-    """The name here of a parameter of the released checkpoints; names of our own come back as they are."""
-    for pattern, replacement in RELEASED_NAMES:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
+    """The name here of a parameter of the released checkpoints, that of its direction left out."""
+    for there, here in RELEASED_NAMES:
+        name = re.sub(there, here, name)
     return name
+
+
+def from_released(weights):
+    """The released checkpoints' weights under the names here, those of a mixer's directions as one tensor (G, ...)."""
+    found = {}
+    for direction in RELEASED_DIRECTIONS:
+        for name, tensor in weights.items():
+            of = re.search(r"\.mixer\.(?:conv1d|x_proj|dt_proj|A|D)(|_b|_c|_c_b)(?:_log|\.|$)", name)
+            if (of[1] if of else "") == direction:
+                found.setdefault(rename_released(name), []).append(tensor)
+    return {name: torch.stack([t.flatten(1) if t.ndim > 1 else t for t in tensors])  # a conv1d weight is (D, 1, width)
+            if name.endswith(OF_DIRECTIONS) else tensors[0] for name, tensors in found.items()}
 
 
 def read_checkpoint(path_or_url):
     """A checkpoint file or URL as a dictionary on the CPU, read without running any code that it may hold.
 
-    Raises ValueError, in one sentence, for a file that is missing, damaged, or would need code to run.
+    Raises BadInput, in one sentence, for a file that is missing, damaged, or would need code to run.
     """
     name = str(path_or_url)
     try:
+        if name.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(name)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
             if re.match(r"https?://", name):
                 digest = hashlib.sha256(name.encode()).hexdigest()[:16]  # files of one name at two addresses differ
-                checkpoint = torch.hub.load_state_dict_from_url(name, map_location="cpu", weights_only=True,
-                                                                file_name=f"arm-{digest}.pth")
+                found = torch.hub.load_state_dict_from_url(name, map_location="cpu", weights_only=True,
+                                                           file_name=f"arm-{digest}.pth")
             else:
-                checkpoint = torch.load(path_or_url, map_location="cpu", weights_only=True)
+                found = torch.load(name, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"cannot read the checkpoint {name}: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if not code:
-            raise ValueError(f"{name} is not a checkpoint, or is damaged: torch.load cannot read it") from None
-        raise ValueError(f"refused {name}: it would run code when read ({code[1]}), where a checkpoint holds only "
-                         "tensors and plain values") from None
-    except Exception:  # torch.load raises many kinds for a damaged file
-        raise ValueError(f"{name} is not a checkpoint, or is damaged: torch.load cannot read it") from None
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{name} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dictionary")
-    return checkpoint
+        raise BadInput(f"cannot read the checkpoint {name}: {error.strerror or error}") from None
+    except ImportError:
+        raise BadInput(f"to read {name}, install safetensors: pip install safetensors") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        check(not code, f"refused {name}: to read it, Python would have to call {code and code[1]}, and no file may "
+                        f"have code run; save tensors and plain values alone, such as the model's state_dict()")
+        raise BadInput(f"{name} is not a checkpoint, or is damaged: torch.load cannot read it") from None
+    check(isinstance(found, dict), f"{name} is not a checkpoint: it holds a {type(found).__name__}, not a dictionary")
+    return found
 
 
 def resize_position(pos_embed, grid, cls):
     """A position code (1, L, D), with or without CLS, bicubic-resized to grid x grid patches.
 
     Returns (1, grid * grid, D), or with `cls` (1, grid * grid + 1, D), a CLS code of zero where there was none. Raises
-    ValueError where it is of no square image.
+    BadInput where it is of no square image.
     """
-    middle = pos_embed.new_zeros(1, 1, pos_embed.shape[-1])
-    if math.isqrt(pos_embed.shape[1]) ** 2 != pos_embed.shape[1]:
-        i = (pos_embed.shape[1] - 1) // 2
-        pos_embed, middle = without_cls(pos_embed), pos_embed[:, i : i + 1]
-    side = math.isqrt(pos_embed.shape[1])
+    middle, side = pos_embed.new_zeros(1, 1, pos_embed.shape[-1]), math.isqrt(pos_embed.shape[1])
     if side**2 != pos_embed.shape[1]:
-        raise ValueError(f"a position code of {pos_embed.shape[1]} patches is of no square image")
+        check(side**2 == pos_embed.shape[1] - 1, f"a position code of {pos_embed.shape[1]} is of no square image")
+        i = side**2 // 2
+        pos_embed, middle = without_cls(pos_embed), pos_embed[:, i : i + 1]
     if side != grid:
         square = pos_embed.mT.unflatten(2, (side, side))  # (1, D, rows, columns)
         pos_embed = F.interpolate(square, size=(grid, grid), mode="bicubic").flatten(2).mT
     return with_cls(pos_embed, middle) if cls else pos_embed
 
 
+def check_order(model, weights, path):
+    """Raises BadInput where weights were trained on another order of as many tokens as the model's, or where the model
+    has none, having been made on the meta device, and they bring none.
+    """
+    name = "orders" if hasattr(model, "orders") else "order"
+    own, there = getattr(model, name).cpu(), weights.get(name)
+    made = torch.equal(own.sort(dim=-1).values, torch.arange(own.shape[-1]).expand_as(own))
+    known = there is not None and there.shape == own.shape
+    check(made or known, f"this model was made on the meta device, and {path} does not hold its order of the tokens")
+    check(not (made and known) or torch.equal(own, there.cpu()), f"{path} was trained with another order of the tokens "
+          f"than this model's, and so is of no use to it")
+
+
 def load_weights(model, path_or_url, ema=False):
     """Load a checkpoint, ours or a released one, pretrained or finetuned, into an ARM or an ARMClassifier.
 
-    Renames the released names, copies a pretrained direction to all four (section 3.3), resizes the position code, and
-    leaves the head fresh where the classes differ. `ema` takes the averaged weights of a finetuning checkpoint. Prints
-    one line: what was loaded, what stayed fresh and what was ignored; returns the set of names that stayed fresh.
-    Raises ValueError, in one sentence, where the file cannot be read safely or its encoder is not this model's; the
-    model is then unchanged.
+    Renames the released names, copies a pretrained direction to all of the model's (section 3.3), resizes the position
+    code, and leaves the head fresh where the classes differ. `ema` takes the averaged weights of a finetuning
+    checkpoint. Prints one line: what was loaded, what stayed fresh and what was ignored; returns the set of names that
+    stayed fresh. Raises BadInput, in one sentence, where the file cannot be read safely, or its encoder or its order
+    of the tokens is not this model's; the model is then unchanged.
     """
-    checkpoint = read_checkpoint(path_or_url)
-    part = "model_ema" if ema else "model"
-    if ema and part not in checkpoint:
-        raise ValueError(f"{path_or_url} holds no averaged weights (model_ema): load it without ema")
-    found = checkpoint.get(part, checkpoint)
-    if not isinstance(found, dict) or not any(str(k).startswith(ENCODER) for k in found):
-        raise ValueError(f"{path_or_url} holds no weights of an ARM model")
-    found = {rename_released(k): v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    parts, four = {k.split(".")[0] for k in found}, any(".directions.1." in k for k in found)
-    made, sizes = checkpoint.get("args"), ("model", "image_size", "patch_size")
+    file = read_checkpoint(path_or_url)
+    part = "model_ema" if ema else "model" if "model" in file else "state_dict"
+    check(not ema or part in file, f"{path_or_url} holds no averaged weights (model_ema): load it without ema")
+    found = file.get(part, file)
+    found = found.items() if isinstance(found, dict) else ()
+    found = {re.sub(WRAPPERS, "", k): v for k, v in found if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    check(any(name.startswith(ENCODER) for name in found), f"{path_or_url} holds no weights of an ARM model")
+    made, sizes = file.get("args"), ("model", "image_size", "patch_size")
     ours = isinstance(made, dict) and all(name in made for name in sizes)
     how = f", made with {' '.join(f'--{name} {made[name]}' for name in sizes)}," if ours else ""
     misfit = f"{path_or_url}{how} does not fit this model"
 
-    own = model.state_dict()
-    classifier = isinstance(model, ARMClassifier)
-    if "pos_embed" in found and found["pos_embed"].ndim == 3:
-        if classifier:
-            try:
-                found["pos_embed"] = resize_position(found["pos_embed"], model.grid, cls=True)
-            except ValueError as error:
-                raise ValueError(f"{misfit}: {error}") from None
-        else:
-            found["pos_embed"] = own["pos_embed"]  # fixed
+    if "patch_embed.proj.weight" in found:
+        found = from_released(found)
+    own, parts = model.state_dict(), {name.split(".")[0] for name in found}
+    finetuned, classifier = "cls_token" in found, "cls_token" in own
+    check_order(model, found, path_or_url)
+    if classifier and "pos_embed" in found and found["pos_embed"].ndim == 3:
+        found["pos_embed"] = resize_position(found["pos_embed"], model.grid, cls=True)
     loaded, fresh = {}, set()
     for name, tensor in own.items():
-        source = name if four else re.sub(r"directions\.\d\.", "directions.0.", name)
-        if source in found and found[source].shape == tensor.shape:
-            loaded[name] = found[source]
-        elif name.split(".")[0] not in parts and not name.startswith(ENCODER):
+        there = found.get(name)
+        if there is not None and name.endswith(OF_DIRECTIONS) and not (finetuned and classifier):
+            there = there[:1].expand(len(tensor), *there.shape[1:])
+        if there is not None and there.shape == tensor.shape:
+            loaded[name] = there
+        elif name in FIXED or name == "pos_embed" and not classifier:
+            loaded[name] = tensor
+        elif name.startswith("head.") or name.split(".")[0] not in parts and not name.startswith(ENCODER):
             fresh.add(name.split(".")[0])
-        elif classifier and name.startswith("head."):
-            fresh.add("head")
-        elif source not in found:
-            raise ValueError(f"{misfit}: it has no {name}, here {tuple(tensor.shape)}")
         else:
-            raise ValueError(f"{misfit}: {name} has shape {tuple(found[source].shape)} there and {tuple(tensor.shape)} "
-                             f"here")
+            check(there is not None, f"{misfit}: it has no {name}, here {tuple(tensor.shape)}")
+            raise BadInput(f"{misfit}: {name} has shape {tuple(there.shape)} there and {tuple(tensor.shape)} here")
     ignored = found.keys() - own.keys()
-    deeper = sorted(k for k in ignored if k.startswith("layers.") and ".directions." not in k)
-    if deeper:
-        raise ValueError(f"{misfit}: it has {deeper[0]}, {tuple(found[deeper[0]].shape)}, and this model does not")
+    deeper = min((name for name in ignored if name.startswith("layers.")), default=None)
+    check(not deeper, f"{misfit}: it has {deeper}, and this model does not")
     if "head" in fresh:
-        loaded = {k: v for k, v in loaded.items() if not k.startswith("head.")}
+        loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith("head.")}
     model.load_state_dict(loaded, strict=False)
-    ignored = {"mixer.directions" if ".directions." in k else k.split(".")[0] for k in ignored}
     print(f"Loaded {len(loaded)} of {len(own)} tensors from {path_or_url} ({part}); "
-          f"fresh: {', '.join(sorted(fresh)) or 'none'}; ignored: {', '.join(sorted(ignored)) or 'none'}.")
+          f"fresh: {', '.join(sorted(fresh)) or 'none'}; "
+          f"ignored: {', '.join(sorted({name.split('.')[0] for name in ignored})) or 'none'}.")
     return fresh
 
 
@@ -1275,3 +1234,40 @@ conv_op.register_autograd(conv_backward, setup_context=save_for_conv_backward)
 def triton_conv1d(x, weight, bias, orders=None):
     """`causal_conv1d` by the Triton kernels above."""
     return conv_op(x, weight.float().contiguous(), bias.float().contiguous(), orders)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same by the packages mamba-ssm and causal-conv1d, for comparison
+
+
+@functools.lru_cache
+def mamba_ssm_installed():
+    """Whether mamba-ssm and causal-conv1d can be imported."""
+    try:
+        import causal_conv1d as _, mamba_ssm as _  # noqa: E401, F401
+    except ImportError:
+        return False
+    return True
+
+
+def mamba_ssm_scan(x, dt, dt_bias, A, B, C, D, z, orders=None):
+    """`selective_scan` by the mamba-ssm package's CUDA kernel, all directions in one call as its groups."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def channels_first(t):  # (G, B, L, D) -> (B, G * D, L), as the kernel reads it
+        return t.permute(1, 0, 3, 2).flatten(1, 2)
+
+    B, C = (t.to(x.dtype).permute(1, 0, 3, 2).contiguous() for t in (B, C))  # (B, G, N, L)
+    y = selective_scan_fn(channels_first(x), channels_first(dt.to(x.dtype)), A.float().flatten(0, 1), B, C,
+                          D.float().flatten(), delta_bias=dt_bias.float().flatten(), delta_softplus=True)
+    return merge(y.unflatten(1, (len(x), -1)).permute(1, 0, 3, 2), z, orders)
+
+
+def mamba_ssm_conv1d(x, weight, bias, orders=None):
+    """`causal_conv1d` by the causal-conv1d package's CUDA kernel."""
+    from causal_conv1d import causal_conv1d_fn
+
+    x = x[:, None] if orders is None else x[:, orders]  # (B, G, L, D)
+    weight, bias = weight.to(x.dtype).flatten(0, 1), bias.to(x.dtype).flatten()
+    y = causal_conv1d_fn(x.transpose(2, 3).flatten(1, 2), weight, bias, activation="silu")
+    return y.unflatten(1, x.shape[1::2]).permute(1, 0, 3, 2)

@@ -6,184 +6,302 @@
 
 The defaults are the paper's recipe. A run goes to --out (last.pth, log.jsonl, predictions.png); the same command
 continues it. Every random choice is a function of seed, epoch and sample alone: neither the number of processes or
-workers nor an interruption changes what is computed.
+workers nor an interruption changes what is computed. What finetune.py needs, too, stands below main().
 """
 
 import argparse
+import collections
 import contextlib
-import copy
 import errno
 import fcntl
 import functools
 import hashlib
-import io
-import itertools
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 import traceback
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-from arm import ARM, MODELS, kernels, read_checkpoint
+from arm import ARM, MAE, MODELS, ORDERS, BadInput, check, check_order, kernels, load_weights, read_checkpoint
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
-RECIPES = {  # where the paper's recipe differs between models
+RECIPES = {  # where the paper's recipe differs between models; of the demonstration, which needs no data
     "arm_large": dict(batch_size=1024),
     "arm_huge": dict(batch_size=512, epochs=800),
+    "demo": dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=6, warmup_epochs=1,
+                 batch_size=64, blr=8e-3, workers=0, compile=0, drawings=1600, out="runs/demo_pretrain"),
 }
-MAY_CHANGE = ("data", "out", "resume", "eval", "workers", "device", "accum_steps", "checkpoint_minutes", "compile",
-              "activation_checkpointing")  # on resuming
-DEMONSTRATION = dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=8, warmup_epochs=1,
-                     batch_size=64, blr=8e-3, workers=0, compile=0, drawings=3200,
-                     out="runs/demo_pretrain")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    flag = parser.add_argument
+    flag("--data", help="images: train/CLASS/*, CLASS/* or just images. Without it, a demonstration on drawn images")
+    flag("--init", help="weights to start from, a file or URL; without it, from scratch")
+    flag("--out", default="runs/pretrain", help="where the run goes; one that is there is continued")
+    flag("--model", choices=MODELS, default="arm_base", help="size")
+    flag("--image_size", type=int, default=192, help="pixels")
+    flag("--patch_size", type=int, default=16, help="pixels")
+    flag("--cluster_size", type=int, default=4, help="patches along a cluster side")
+    # What the paper's ablations vary
+    flag("--order", choices=ORDERS, default="row", help="in which clusters are read")
+    flag("--target", choices=["normalized", "raw"], default="normalized", help="pixels to predict")
+    flag("--decoder_dim", type=int, help="width of the decoder, in 64s; by default 512, but at most the encoder's")
+    flag("--decoder_depth", type=int, default=4, help="blocks of the decoder")
+    flag("--objective", choices=["arm", "mae"], default="arm", help="predict the next cluster, or hidden patches")
+    # Optimisation
+    flag("--epochs", type=int, default=1600, help="passes over the images")
+    flag("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
+    flag("--batch_size", type=int, default=2048, help="of all processes together")
+    flag("--blr", type=float, default=1.5e-4, help="peak learning rate for a batch of 256")
+    flag("--weight_decay", type=float, default=0.05, help="of matrices")
+    flag("--clip_grad", type=float, default=3.0, help="largest gradient norm; inf for no clipping")
+    flag("--seed", type=int, default=0, help="of all random choices")
+    flag("--drawings", type=int, default=1, help="images of the demonstration")
+    add_machine_flags(parser)
+    args = parse_args(parser, RECIPES)
+    check(args.clip_grad > 0, f"--clip_grad must be more than 0, not {args.clip_grad}; inf for no clipping")
+    return args
+
+
+def main():
+    args = get_args()
+    device = start_processes(args)
+
+    # Data
+    crop = v2.RandomResizedCrop(args.image_size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    if args.data:
+        train = os.path.join(args.data, "train")
+        folder = train if os.path.isdir(train) else args.data
+        source = ImageFiles(folder, from_first_process(lambda: list_images(folder)))
+    else:
+        source = Drawings(args.drawings, args.image_size, seed=0)
+    dataset = Images(source, transform, args.seed)
+
+    # Model
+    torch.manual_seed(args.seed)
+    size, kind = MODELS[args.model], dict(arm=ARM, mae=MAE)[args.objective]
+    arm = kind(args.image_size, args.patch_size, args.cluster_size, **size, order=args.order, target=args.target,
+               decoder_dim=args.decoder_dim or min(512, size["dim"]), decoder_depth=args.decoder_depth,
+               seed=args.seed).to(device)
+    run = Run(args, arm, source, device)
+    if args.init and not run.checkpoint:
+        from_first_process(lambda: load_weights(arm, args.init))  # the others receive them from DDP
+    prepare(arm, args)
+    model = DistributedDataParallel(arm, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=(0.9, 0.95), fused=True)
+    if run.checkpoint:
+        arm.load_state_dict(run.checkpoint["model"])
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+    run.start(f"{args.model} from {args.init or 'scratch'}, {sum(p.numel() for p in arm.parameters()):,} parameters")
+
+    # Training
+    batches = load(dataset, shuffled(len(dataset), args, run.step), args.workers, device)
+    while run.step < args.epochs * run.steps_per_epoch:
+        lr = learning_rate(run.step / run.steps_per_epoch, args)
+        torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of what the objective mae hides
+        step_loss = torch.zeros((), device=device)
+        for micro_step in range(args.accum_steps):
+            images, _, unreadable = next(batches)
+            model.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP adds gradients up in the last
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model(normalize(images, device)) / args.accum_steps
+            loss.backward()
+            step_loss += loss.detach()
+            run.unreadable += unreadable[unreadable >= 0].tolist()
+        optimizer_step(model, optimizer, lr, step_loss, args.clip_grad)
+
+        if run.after_step(step_loss, lr):
+            if run.first and run.picture_due and args.objective == "arm":
+                save_picture(os.path.join(args.out, "predictions.png"), arm, dataset, device)
+            if run.epoch_ended:
+                run.log_epoch(lr=lr)
+            if run.save_due:
+                run.save(model=arm.state_dict(), optimizer=optimizer.state_dict())
+            run.stop_if_interrupted()
+    run.end(f"Weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png.\n"
+            f"Next, finetune: {finetune_command(args, len(source))}")
+
+
+@torch.no_grad()
+def save_picture(path, model, dataset, device):
+    """Write a PNG of three rows: images; what of them is given, the first cluster and each patch's mean; and with it
+    what is predicted. The first cluster is framed.
+    """
+    n = min(8, len(dataset))
+    images = normalize(torch.stack([dataset[0, i * len(dataset) // n][0] for i in range(n)]), device)
+    predicted = model.predict(images)
+    rows = [images, model.reconstruct(images, 0 * predicted), model.reconstruct(images, predicted)]
+    mean, std = mean_and_std(device)
+    pixels = (torch.cat(rows) * std + mean).clamp(0, 1)  # (3 n, 3, H, W)
+    first = torch.zeros_like(model.to_patches(pixels)).index_fill(1, model.order[: model.cluster_tokens], 1)
+    scale = max(1, 128 // images.shape[-1])
+    pixels, first = (F.interpolate(t, scale_factor=scale) for t in (pixels, model.to_images(first)))
+    frame = F.max_pool2d(first, 5, 1, 2) > first  # two pixels around it
+    with writing(path):
+        save_image(torch.where(frame, 1.0, pixels), path, nrow=n, pad_value=1)
+
+
+def finetune_command(args, images):
+    """What to type next: the paper's recipe, or for fewer images the README's for small data."""
+    command, usual = f"torchrun --standalone --nproc_per_node {process()[1]} finetune.py", RECIPES["demo"]
+    if args.data:
+        labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
+        command += f" --data {shlex.quote(labelled)} {SMALL_DATA if images < 50_000 else ''}".rstrip()
+        usual = dict(patch_size=16, image_size=args.image_size) if args.patch_size == 16 else {}  # 224 follows 192
+    return f"{command} --init {shlex.quote(args.out)}/last.pth" + "".join(
+        f" --{name} {getattr(args, name)}" for name in ("model", "image_size", "patch_size")
+        if getattr(args, name) != usual.get(name))
+
+
+SMALL_DATA = ("--batch_size 32 --blr 8e-3 --epochs 50 --layer_decay 0.85 --drop_path 0 --mixup 0 --cutmix 0 "
+              "--augment 0 --erasing 0 --crop_scale 0.5 --ema_decay 0.99")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes, and how they end
+# Flags of both scripts
 
 
-class Stop(Exception):
-    """Ends the run with one sentence and an exit code: 2 bad input, 75 (EX_TEMPFAIL) interrupted, 1 anything else.
-
-    everywhere: it is raised on every process alike, so only the first one says it.
-    """
-
-    def __init__(self, sentence, code=1, everywhere=True):
-        super().__init__(sentence)
-        self.code, self.everywhere = code, everywhere
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
 
 
-@contextlib.contextmanager
-def bad_input():
-    """A ValueError in here is the user's to mend: its one sentence, exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise Stop(str(error), code=2) from None
+def add_machine_flags(parser):
+    """The flags that change how a run is computed, and not what; so they may change when it is continued."""
+    flag = parser.add_argument_group("what may change when a run is continued").add_argument
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    flag("--workers", type=int, default=min(16, max(1, cores)), help="loader processes for each training process")
+    flag("--accum_steps", type=int, default=1, help="split each batch in time, to save memory")
+    flag("--activation_checkpointing", action="store_true", help="less memory for about a third more work")
+    flag("--compile", type=int, choices=[0, 1], default=int(cuda and os.environ.get("ARM_SCAN", "triton") == "triton"),
+         help="torch.compile")
+    flag("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="what to train on")
+    flag("--resume", help="a checkpoint to continue instead of last.pth in --out")
+    flag("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with defaults in its help and errors of one sentence."""
-
-    def __init__(self, description):
-        super().__init__(description=description, epilog="These defaults are arm_base's; the demonstration and other "
-                                                         "models have some of their own.")
-
-    def add_argument(self, *names, help, **options):
-        if options.get("default") not in (None, argparse.SUPPRESS):
-            help += " (default: %(default)s)"
-        return super().add_argument(*names, help=help, **options)
-
-    def error(self, message):
-        raise Stop(f"{message[0].upper()}{message[1:]}. Run python {self.prog} --help for what there is.", code=2)
+MAY_CHANGE = {"data", "out", "workers", "accum_steps", "activation_checkpointing", "compile", "device", "resume",
+              "checkpoint_minutes"}
+DEFAULTS = {}  # of the flags, for checkpoints that do not know them all
 
 
-def process():
-    """(rank, number of processes) as torchrun gives them; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def explain(error):
-    """What ends the run, as a Stop: one sentence for what a user can act on, else the traceback."""
-    text = str(error)
-    first_line = text.partition("\n")[0][:100]
-    if isinstance(error, Stop):
-        return error
-    if isinstance(error, KeyboardInterrupt):  # while it trains, Progress catches the signal
-        return Stop("Interrupted.", code=os.EX_TEMPFAIL)
-    if isinstance(error, torch.OutOfMemoryError):
-        return Stop("Out of GPU memory: use a larger --accum_steps, which splits the batch in time, or "
-                    "--activation_checkpointing.", everywhere=False)
-    if isinstance(error, MemoryError) or re.search("can't allocate memory|Cannot allocate memory", text):
-        return Stop("Out of memory: use fewer --workers, or a larger --accum_steps.", everywhere=False)
-    if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):  # its pipe, or its end
-        return Stop("A data loader worker died, often for want of memory: try fewer --workers.", everywhere=False)
-    if isinstance(error, OSError):
-        return Stop(f"{error.filename or 'A file'}: {error.strerror or error}.", everywhere=False)
-    if isinstance(error, dist.DistError) or re.search("onnection|imed out|gloo|NCCL", first_line):
-        return Stop(f"Lost the connection to another process, which ended or hangs ({first_line}).", everywhere=False)
-    return Stop("".join(traceback.format_exception(error)), everywhere=False)
-
-
-def run(main):
-    """Call main(); whatever stops it ends every process with a message and a non-zero exit, without a hang."""
-    try:
-        main()
-    except (Exception, KeyboardInterrupt) as error:
-        end, (rank, _) = explain(error), process()
-        if rank == 0 or not end.everywhere:
-            print(f"\n{end}" if rank == 0 else f"\nProcess {rank}: {end}", file=sys.stderr)
-        else:
-            time.sleep(3)  # torchrun ends all processes as soon as one ends: let the first one speak
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code)  # not sys.exit, which would wait for processes that are gone and workers that do not end
-    dist.destroy_process_group()
-
-
-def start_processes(device):
-    """Join the process group (NCCL on GPUs, gloo on CPUs). Returns this process's torch.device."""
-    with bad_input():
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda needs a GPU that torch can see, and there is none: use --device cpu.")
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if device == "cuda" and local_processes > torch.cuda.device_count():
-            raise ValueError(f"There are {local_processes} processes for {torch.cuda.device_count()} GPUs: give "
-                             f"torchrun --nproc_per_node {torch.cuda.device_count()}.")
-        kernels(torch.device(device))  # ARM_SCAN may ask for what is not there
-    device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    rank, processes = process()
-    store = next(rendezvous("env://"))[0] if "MASTER_ADDR" in os.environ else dist.HashStore()
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps one store over its restarts: the addresses of the processes that have ended must not be found.
-        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=processes,
-                            timeout=timedelta(minutes=10))
-    return device
-
-
-def gather(mine):
-    """The union of the sets that the processes give."""
-    sets = [None] * process()[1]
-    dist.all_gather_object(sets, mine)
-    return set().union(*sets)
-
-
-def from_first_process(compute):
-    """compute() is called on the first process alone; every process gets its result, or its ValueError."""
-    box = [None]
-    if process()[0] == 0:
-        try:
-            box = [compute()]
-        except ValueError as error:
-            box = [error]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], ValueError):
-        raise box[0]
-    return box[0]
+def parse_args(parser, recipes):
+    """The arguments; the model's recipe, or without --data the demonstration's, changes the defaults."""
+    parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
+    args, _ = parser.parse_known_args()
+    parser.set_defaults(**recipes.get(args.model, {}), **({} if args.data else recipes["demo"]))
+    args = parser.parse_args()
+    DEFAULTS.update(vars(parser.parse_args([])))
+    for name, value in vars(args).items():
+        check(not isinstance(value, float) or 0 <= value < math.inf or name == "clip_grad",
+              f"--{name} must be 0 or more, not {value}")
+        check(type(value) is not int or value >= (name not in ("workers", "compile", "seed")),
+              f"--{name} must be at least {int(name not in ('workers', 'compile', 'seed'))}, not {value}")
+    check(args.warmup_epochs < args.epochs, f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs "
+                                            f"{args.epochs}: choose more epochs, or a shorter warm-up")
+    parts = process()[1] * args.accum_steps
+    check(args.batch_size % parts == 0, f"--batch_size {args.batch_size} does not divide into {process()[1]} processes "
+                                        f"x {args.accum_steps} --accum_steps: choose a multiple of {parts}")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+OF_SYSTEMS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # and all that is hidden
+
+
+def list_images(folder):
+    """Relative paths of all images below a folder, sorted; what is passed over is told in one line. Links are followed,
+    but no folder is read twice. Raises BadInput where there are no images, or a folder cannot be listed.
+    """
+    def refuse(error):
+        raise BadInput(f"the folder {error.filename} cannot be listed: {error.strerror}")
+
+    def to_read(path):
+        name, real = os.path.basename(path), os.path.join(os.path.realpath(path), "")
+        # What a link into the folder itself leads to is met by its own name, too, which may be that of another class.
+        if name[0] == "." or name in OF_SYSTEMS or real in seen or os.path.islink(path) and real.startswith(top):
+            return False
+        seen.add(real)
+        return True
+
+    check(os.path.isdir(folder), f"There is no folder {folder}: --data takes a folder of images, for finetuning and "
+                                 f"evaluation one with train/CLASS/* and val/CLASS/*")
+    images, others, empty, seen, top = [], [], [], set(), os.path.join(os.path.realpath(folder), "")
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        below, before = os.path.relpath(root, folder), len(images)
+        folders[:] = [name for name in sorted(folders) if to_read(os.path.join(root, name))]
+        for name in sorted(name for name in files if name[0] != "."):
+            kind = images if name.lower().endswith(EXTENSIONS) else others
+            kind.append(os.path.normpath(os.path.join(below, name)))
+        if len(images) == before and not folders:
+            empty.append(below)
+    check(images, f"There are no images in {folder} or below it (looked for {' '.join(EXTENSIONS)})")
+    if others or empty:
+        print(f"{folder}: passed over {len(others)} files of other kinds{', such as ' + others[0] if others else ''}; "
+              f"folders without images: {', '.join(empty[:5]) or 'none'}{', ...' if len(empty) > 5 else ''}")
+    return sorted(images)
+
+
+def read_image(path):
+    """An image file as uint8 RGB, (3, H, W). As in torchvision's ImageFolder, EXIF rotation is not applied and alpha is
+    dropped. Of 16 bits the high byte is kept; floats are 0 to 1. Raises an exception of some kind for all else.
+    """
+    if path.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
+        # PIL reads what this cannot: a format under another's name, some kinds, and all once torchvision drops it.
+        with contextlib.suppress(RuntimeError, AttributeError):
+            image = torchvision.io.decode_image(path, mode="RGB")  # (3, H, W), about twice as fast as PIL
+            if image.ndim == 3:
+                return image if image.dtype == torch.uint8 else (image.int() >> 8).byte()
+    with Image.open(path) as image:
+        if image.mode[0] not in "IF":
+            return v2.functional.pil_to_tensor(image.convert("RGB"))
+        pixels, most = np.asarray(image), 1 if image.mode == "F" else 65535  # grey, of 16 or more bits
+        check(pixels.min() >= 0 and pixels.max() <= most, f"its values, {pixels.min():g} to {pixels.max():g}, are not "
+                                                          f"from 0 to {most}")
+        return torch.from_numpy((pixels * (65535 / most)).astype(np.int32) >> 8).byte().expand(3, -1, -1)
+
+
+class ImageFiles:
+    """Image files in a folder as (uint8 image, label). Names are held as one array of bytes, which forked loader
+    workers share; a list of a million would be copied into each of them, page by page, as its reference counts change.
+    """
+
+    def __init__(self, folder, names, labels=None):
+        self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
+        self.labels = np.zeros(len(names), dtype=np.int64) if labels is None else np.array(labels)
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, i):
+        return os.fsdecode(self.names[i])
+
+    def __getitem__(self, i):
+        return read_image(os.path.join(self.folder, self.name(i))), self.labels[i].item()
 
 
 def seed_of(*key):
@@ -191,54 +309,455 @@ def seed_of(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 
-def list_images(folder):
-    """Relative paths of all images below a folder, sorted. Raises ValueError where there are none."""
-    if not os.path.isdir(folder):
-        raise ValueError(f"There is no folder {folder}: --data takes a folder of images, for finetuning and evaluation "
-                         f"one with train/CLASS/* and val/CLASS/*.")
-    names = []
-    for root, _, files in os.walk(folder, followlinks=True):
-        below = os.path.relpath(root, folder)
-        names += [os.path.normpath(os.path.join(below, f)) for f in files if f.lower().endswith(EXTENSIONS)]
-    if not names:
-        raise ValueError(f"There are no images in {folder} or below it (looked for {' '.join(EXTENSIONS)}).")
-    return sorted(names)
+class Images(Dataset):
+    """Transformed images of a source (ImageFiles or Drawings), as (uint8 image, label, index if unreadable, else -1).
 
-
-def read_image(path):
-    """An image file as uint8 RGB, (3, H, W). As in torchvision's ImageFolder, EXIF rotation is not applied and alpha is
-    dropped. Raises an exception of some kind for a file that cannot be decoded.
-    """
-    if path.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
-        # PIL reads what this cannot: a format under another's name, some kinds, and all once torchvision drops it.
-        with contextlib.suppress(RuntimeError, AttributeError):
-            image = torchvision.io.decode_image(path, mode="RGB")  # (3, H, W), about twice as fast as PIL
-            return image if image.dtype == torch.uint8 else (image.int() >> 8).byte()  # 16-bit PNG
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return v2.functional.pil_to_tensor(image.convert("RGB"))
-
-
-class ImageFiles:
-    """Image files in a folder as (uint8 image, class index). Names are held in one string, which forked loader workers
-    share; a list of a million would be copied into each of them, page by page, as its reference counts change.
+    Items are asked for as (epoch, index), and seed, epoch and index alone decide every random choice of the transform.
+    A file that cannot be decoded is replaced by another, or, where `replace` is false, comes with the label -1.
     """
 
-    def __init__(self, folder, names, classes=()):
-        self.folder, self.classes = folder, {name: i for i, name in enumerate(classes)}
-        self.names = "\n".join(names)
-        self.ends = torch.tensor([0, *itertools.accumulate(len(name) + 1 for name in names)])
+    def __init__(self, source, transform, seed=0, replace=True):
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.source)
 
-    def name(self, i):
-        return self.names[self.ends[i] : self.ends[i + 1] - 1]
+    def __getitem__(self, key):
+        unreadable, index = -1, key[1]
+        for attempt in range(100 if self.replace else 1):
+            try:
+                image, label = self.source[seed_of(self.seed, *key, attempt) % len(self) if attempt else index]
+                break
+            except Exception:  # decoders raise many kinds for a damaged file
+                unreadable = index
+        else:  # black; a run in which so many cannot be decoded is about to stop
+            image, label = torch.zeros(3, 1, 1, dtype=torch.uint8), 0 if self.replace else -1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, *key))
+            return self.transform(image), label, unreadable
 
-    def __getitem__(self, i):
-        name = self.name(i)
-        return read_image(os.path.join(self.folder, name)), self.classes.get(name.split(os.sep)[0], 0)
+
+def shuffled(images, args, start):
+    """This process's micro-batches, as lists of (epoch, index), from step `start` of the run to its end.
+
+    An epoch is a random order of all images, cut into global batches (what is left over waits for the next epoch). A
+    batch is cut into a share for each process, and a share into accum_steps micro-batches.
+    """
+    rank, processes = process()
+    steps = images // args.batch_size
+    for step in range(start, args.epochs * steps):
+        epoch, i = divmod(step, steps)
+        if i == 0 or step == start:
+            order = torch.randperm(images, generator=torch.Generator().manual_seed(seed_of(args.seed, epoch)))
+        batch = order[i * args.batch_size : (i + 1) * args.batch_size]
+        for micro_batch in batch.view(processes, args.accum_steps, -1)[rank].tolist():
+            yield [(epoch, index) for index in micro_batch]
+
+
+def ignore_signals(_):
+    """Loader workers leave SIGINT and SIGTERM to the training process, which ends them when it is ready."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def load(dataset, batches, workers, device):
+    """An iterator of batches of uint8 images, read ahead by `workers` processes."""
+    return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
+                           pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+
+
+@functools.lru_cache
+def mean_and_std(device):
+    """ImageNet's, (3, 1, 1) each; copied to the device once."""
+    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+
+
+def normalize(images, device):
+    """uint8 images (B, 3, H, W) -> float32 with ImageNet's mean and spread, on the device."""
+    mean, std = mean_and_std(device)
+    return (images.to(device, non_blocking=True).float() / 255 - mean) / std
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0):
+    """The optimiser's groups: weight decay for matrices alone, and layer-wise learning rates.
+
+    With n = depth + 1, a parameter of layer g has its rate multiplied by layer_decay ** (n - g): the embeddings are
+    layer 0, block i is i + 1, all after the blocks is n. Groups have "names", "lr_scale" and "weight_decay".
+    """
+    n, groups = len(model.layers) + 1, {}
+    for name, parameter in model.named_parameters():
+        part, *rest = name.split(".")
+        layer = int(rest[0]) + 1 if part == "layers" else 0 if part in ("patch_embed", "pos_embed", "cls_token") else n
+        vector = parameter.ndim == 1 or part in ("pos_embed", "cls_token") or name.endswith(("_bias", ".D"))
+        key = (layer_decay ** (n - layer), 0.0 if vector else weight_decay)
+        group = groups.setdefault(key, dict(params=[], names=[], lr_scale=key[0], weight_decay=key[1]))
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def learning_rate(epoch, args, minimum=0.0):
+    """Linear warm-up from 0, then half a cosine down to `minimum`; epoch: how many have passed, a fraction."""
+    peak = args.blr * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def optimizer_step(model, optimizer, lr, loss, clip_grad=math.inf):
+    """Clip the gradient norm and take the step, unless loss or gradient is not finite: then no process takes it.
+
+    loss: this process's mean loss, which becomes that of all, or nan where the step is dropped, without waiting for the
+    GPU.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    dist.all_reduce(loss)
+    loss /= dist.get_world_size()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    loss.copy_(torch.where(norm.isfinite(), loss, math.nan))
+    optimizer.found_inf = (~loss.isfinite()).float()  # where it is 1, fused optimisers skip the step
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def prepare(model, args):
+    """Compile the model, and have activations recomputed, where args say so.
+
+    On one machine it is compiled whole, and on GPUs replayed as CUDA graphs, so that Python launches a graph and not
+    each kernel; but not where gradients are accumulated, since a graph writes its gradients over those of the
+    micro-batch before. On several machines the blocks are compiled, so that the gradients of one travel while those of
+    the next are computed.
+    """
+    for block in model.layers:
+        block.recompute = args.activation_checkpointing
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
+        torch._functorch.config.activation_memory_budget = 0.9  # a quarter less memory for about 2% more time
+        whole = process()[1] <= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        mode = "reduce-overhead" if whole and args.accum_steps == 1 else None
+        for module in [model] if whole else [*model.layers, *getattr(model, "decoder", [])]:
+            module.compile(dynamic=False, mode=mode)  # three batch sizes: training's, evaluation's and its last
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run: its folder, what it counts, the bar, signals
+
+
+class Stop(Exception):
+    """Ends the run on every process, with a sentence and an exit code: 75 (EX_TEMPFAIL) interrupted, 1 any other."""
+
+    def __init__(self, sentence, code=1):
+        super().__init__(sentence)
+        self.code = code
+
+
+class Run:
+    """What goes on around the steps. All processes call its methods alike; the first one writes."""
+
+    READ_EVERY = {"cpu": 1, "cuda": 10}  # steps; to read a GPU's results is to wait for it
+    MOST_DROPPED = 10  # steps in a row
+    MOST_UNREADABLE = 0.01  # of an epoch's images
+
+    def __init__(self, args, model, source, device, classes=()):
+        """Locks --out and reads the checkpoint to continue from, if any. Raises BadInput where it is of another run."""
+        self.args, self.source, self.device, self.classes = args, source, device, list(classes)
+        self.first, self.steps_per_epoch = process()[0] == 0, len(source) // args.batch_size
+        check(self.steps_per_epoch > 0, f"--batch_size {args.batch_size} is more than the {len(source)} training "
+                                        f"images: choose a smaller one")
+        from_first_process(self.open_log)
+        path = args.resume or os.path.join(args.out, "last.pth")
+        found = args.resume is not None or os.path.exists(path)
+        check(len(gather([found])) == 1, f"only some machines see {path}: --out must be a folder that all share")
+        self.checkpoint = read_checkpoint(path) if found else {}
+        if found:
+            self.check_same_run(path, model)
+        state = self.checkpoint.get("run", {})
+        self.step = state.get("step", 0)
+        self.counts = state.get("counts", dict(loss=0.0, taken=0, dropped=0, in_row=0))  # of the epoch so far
+        self.unreadable = state.get("unreadable", []) if self.first else []  # indices, of the epoch so far
+        self.losses, self.signalled = [], False
+
+    def open_log(self):
+        """Open log.jsonl and lock it while this process lives: one run writes to a folder."""
+        try:
+            os.makedirs(self.args.out, exist_ok=True)
+            self.log = open(os.path.join(self.args.out, "log.jsonl"), "a+b")
+        except OSError as error:
+            raise BadInput(f"cannot write to --out {self.args.out}: {error.strerror}") from None
+        try:
+            fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            check(error.errno not in (errno.EAGAIN, errno.EACCES),  # else the file system has no locks
+                  f"another run writes to --out {self.args.out}: wait for it, or give another")
+
+    def check_same_run(self, path, model):
+        """Raises BadInput where a checkpoint is of another model, other arguments, images, or order of the tokens."""
+        found = self.checkpoint
+        check("run" in found and "optimizer" in found, f"{path} is not a checkpoint that a run can continue from")
+        shapes, own = ({k: v.shape for k, v in weights.items()} for weights in (found["model"], model.state_dict()))
+        check(shapes.keys() == own.keys(), f"{path} is a checkpoint of another model: give another --out")
+        for name, value in vars(self.args).items():
+            made = found["args"].get(name, DEFAULTS.get(name))  # it may not know a flag that is new
+            check(name in MAY_CHANGE or made == value, f"{path} was made with --{name} {made}, this run has {value}: "
+                                                       f"give the same, or another --out")
+        check(found["run"]["images"] == len(self.source), f"{path} was made with {found['run']['images']} images, and "
+              f"--data now holds {len(self.source)}: give the same, or another --out")
+        only_in_one = {*found["classes"]} ^ {*self.classes}
+        check(not only_in_one, f"{path} was finetuned on {len(found['classes'])} classes, the images are of "
+              f"{len(self.classes)}, and {min(only_in_one, default='')} is only among one of them: give another --out")
+        check(shapes == own, f"{path} is a checkpoint of another model: give another --out")
+        check_order(model, found["model"], path)
+
+    def start(self, what):
+        """Say what is trained, show the bar, take signals, and cut off the log what is computed again or damaged."""
+        args, size, self.checkpoint = self.args, self.args.batch_size, None  # which is large
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self.interrupt)
+        self.tensorboard = None
+        if self.first:
+            self.log.seek(0)
+            end = position = 0
+            for line in self.log:
+                position += len(line)
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    end = position if json.loads(line)["step"] <= self.step and line.endswith(b"\n") else end
+            self.log.truncate(end)
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(os.path.join(args.out, "tensorboard"))
+        self.say(f"{what}; {len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, peak "
+                 f"learning rate {args.blr * size / 256:.2g}, from step {self.step}; {process()[1]} x {self.device.type}; to "
+                 f"{args.out}")
+        self.bar = tqdm(total=args.epochs * self.steps_per_epoch * size, initial=self.step * size, unit_scale=True,
+                        bar_format="{desc}{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]",
+                        disable=not self.first, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
+        if args.compile:
+            self.bar.set_postfix_str("compiling, which takes a minute or two")
+        self.marks = collections.deque(maxlen=1 + 100 // self.READ_EVERY[self.device.type])  # (step, seconds trained)
+        self.seconds = self.epoch_seconds = 0.0
+        self.resumed_at = self.saved_at = self.epoch_at = time.monotonic()
+        self.epoch_step = self.step
+
+    def interrupt(self, *_):
+        self.signalled = True  # this process alone; after_step has all agree on whether the run is interrupted
+
+    def say(self, line):
+        if self.first:
+            tqdm.write(line, file=sys.stderr)
+
+    def after_step(self, loss, lr):
+        """Count a step, and now and then read results. Returns whether it did: then the epoch's line, a picture, a
+        checkpoint or the end may be due (epoch_ended, picture_due, save_due, interrupted).
+        """
+        args = self.args
+        self.step += 1
+        self.losses.append(loss)
+        self.epoch, steps = divmod(self.step, self.steps_per_epoch)
+        self.epoch_ended = steps == 0
+        if self.step % self.READ_EVERY[self.device.type] and not self.epoch_ended:
+            return False
+        losses, self.losses = torch.stack(self.losses).tolist(), []
+        self.count(losses)
+        late = time.monotonic() - self.saved_at >= 60 * args.checkpoint_minutes and self.first
+        flags = torch.tensor([self.signalled, late, len(self.unreadable)], device=self.device, dtype=torch.float)
+        dist.all_reduce(flags)
+        interrupted, late, unreadable = flags.tolist()
+        self.interrupted, ended = interrupted > 0, self.step == args.epochs * self.steps_per_epoch
+        self.save_due = self.interrupted or late > 0 or ended
+        self.picture_due = self.epoch_ended and (self.epoch % max(1, args.epochs // 20) == 0 or ended)
+        if unreadable > self.MOST_UNREADABLE * len(self.source):
+            raise Stop(f"{unreadable:.0f} of {len(self.source)} images cannot be decoded, more than 1%, such as "
+                       f"{', '.join(self.source.name(i) for i in sorted(gather(self.unreadable))[:3])}")
+        self.show(losses[-1], lr)
+        return True
+
+    def count(self, losses):
+        counts = self.counts
+        for loss in losses:
+            ok = math.isfinite(loss)
+            counts["loss"] += loss if ok else 0.0
+            counts["taken"], counts["dropped"] = counts["taken"] + ok, counts["dropped"] + (not ok)
+            counts["in_row"] = 0 if ok else counts["in_row"] + 1
+        if counts["in_row"] >= self.MOST_DROPPED:
+            raise Stop(f"The loss was not finite {counts['in_row']} steps in a row, up to step {self.step}: the run "
+                       f"stops, and its last checkpoint is as it was. A smaller --blr may help")
+
+    def show(self, loss, lr):
+        """The bar, with the rate of the last hundred steps: without compilation, evaluation and checkpoints."""
+        size, now = self.args.batch_size, time.monotonic()
+        self.seconds, self.resumed_at = self.seconds + now - self.resumed_at, now
+        self.marks.append((self.step, self.seconds))
+        postfix = f"loss {loss:.4f}, lr {lr:.2e}"
+        if len(self.marks) > 1:
+            rate = (self.step - self.marks[0][0]) * size / (self.seconds - self.marks[0][1])
+            left = tqdm.format_interval((self.bar.total - self.step * size) / rate)
+            postfix = f"{rate:,.0f} images/s, {left} left, {postfix}"
+        self.bar.set_description(f"epoch {(self.step - 1) // self.steps_per_epoch + 1}/{self.args.epochs}", False)
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.update(self.step * size - self.bar.n)
+
+    def log_epoch(self, **results):
+        """The epoch's line in log.jsonl and TensorBoard; files that could not be decoded are named in it. JSON has no
+        NaN: null stands for it.
+        """
+        counts, images = self.counts, (self.step - self.epoch_step) * self.args.batch_size
+        unreadable = sorted(self.source.name(i) for i in gather(self.unreadable))
+        entry = dict(epoch=self.epoch, step=self.step, loss=counts["loss"] / max(counts["taken"], 1), **results,
+                     dropped_steps=counts["dropped"], unreadable=unreadable,
+                     images_per_second=round(images / (self.seconds - self.epoch_seconds), 1),
+                     seconds=round(time.monotonic() - self.epoch_at, 1))
+        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        if self.first:
+            with writing(self.log.name):
+                self.log.write((json.dumps(entry) + "\n").encode())
+                self.log.flush()
+        for name, value in entry.items() if self.tensorboard else ():
+            if isinstance(value, (int, float)):
+                self.tensorboard.add_scalar(name, value, self.epoch)
+        told = {k: v for k, v in entry.items() if v != [] and k in {"loss", "unreadable", *results}
+                or k == "dropped_steps" and v}
+        self.say(f"epoch {self.epoch}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                                                     for k, v in told.items()))
+        self.counts = dict(loss=0.0, taken=0, dropped=0, in_row=counts["in_row"])
+        self.unreadable, self.epoch_step, self.epoch_seconds = [], self.step, self.seconds
+        self.resumed_at = self.epoch_at = time.monotonic()
+
+    def save(self, name="last.pth", **checkpoint):
+        """Write a checkpoint beside the old one, flush it, then put it in its place: whole or not at all."""
+        unreadable = sorted(gather(self.unreadable))
+        if self.first:
+            path = os.path.join(self.args.out, name)
+            state = dict(step=self.step, images=len(self.source), counts=self.counts, unreadable=unreadable)
+            with writing(path), open(f"{path}.new", "wb") as file:
+                torch.save(dict(checkpoint, run=state, args=vars(self.args), classes=self.classes), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{path}.new", path)
+        self.saved_at = self.resumed_at = time.monotonic()
+
+    def stop_if_interrupted(self):
+        if self.interrupted:
+            dist.barrier()  # torchrun ends all processes soon after one: the first has saved
+            raise Stop(f"Interrupted at step {self.step}, which is saved: the same command continues", os.EX_TEMPFAIL)
+
+    def end(self, line):
+        """The last words, which are said to have trained only if it did."""
+        self.bar.close()
+        if self.first:
+            print(f"{'Done.' if self.marks else 'Nothing is left to train.'} {line}")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Ends the run with a sentence where a file cannot be written, and takes away what was begun beside it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        if "DataLoader worker" in str(error):  # torch raises this wherever the process is when a worker dies
+            raise
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.new")
+        raise Stop(f"Cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'} What was written "
+                   f"before is as it was") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes, and how they end
+
+
+def process():
+    """(rank, number of processes) as torchrun gives them; (0, 1) without it, whatever is left of another's."""
+    given = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    check(given[0] is None or all(given), "RANK is set, but not all of WORLD_SIZE, MASTER_ADDR and MASTER_PORT: start "
+                                          "several processes by torchrun, and one without these variables")
+    return (int(given[0]), int(given[1])) if given[0] else (0, 1)
+
+
+def start_processes(args):
+    """Join the process group (NCCL on GPUs, gloo on CPUs). Returns this process's torch.device."""
+    (rank, processes), cuda = process(), args.device == "cuda"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if processes > 1 else 0
+    check(not cuda or torch.cuda.is_available(), "--device cuda needs a GPU that torch can see, and there is none: use "
+                                                 "--device cpu")
+    check(not cuda or local_rank < torch.cuda.device_count(), f"there is a process for each of more than the "
+          f"{torch.cuda.device_count()} GPUs here: give torchrun --nproc_per_node {torch.cuda.device_count()}")
+    device = torch.device(args.device, local_rank if cuda else None)
+    kernels(device)  # ARM_SCAN may ask for what is not there
+    if cuda:
+        torch.cuda.set_device(device)
+    store = next(rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps one store over its restarts: the addresses of the processes that have ended must not be found.
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=processes,
+                            timeout=timedelta(minutes=10))
+    return device
+
+
+def gather(mine):
+    """The union of what the processes give."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, list(mine))
+    return set().union(*lists)
+
+
+def from_first_process(compute):
+    """compute() is called on the first process alone; every process gets its result, or its BadInput."""
+    box = [None]
+    if process()[0] == 0:
+        try:
+            box = [compute()]
+        except BadInput as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], BadInput):
+        raise box[0]
+    return box[0]
+
+
+SHORT_OF_MEMORY = r"DataLoader worker \(pid|(?s:.*)(allocate memory|unable to (write to|allocate|open) .*torch_)"
+
+
+def end_with_a_sentence(main):
+    """Call main(). What the user can mend, and what ends all processes alike, is told in a sentence, once on each
+    machine; all else with its traceback. No process is left behind.
+    """
+    code = 0
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    try:
+        main()
+        dist.destroy_process_group()
+    except (BadInput, Stop) as error:
+        code = getattr(error, "code", 2)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\n{error}.", file=sys.stderr)
+        else:
+            time.sleep(3)  # torchrun ends all processes as soon as one ends: let the first one speak
+    except SystemExit as error:  # of --help
+        code = error.code
+    except KeyboardInterrupt:
+        code = os.EX_TEMPFAIL
+    except BaseException as error:
+        code = 1
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError, EOFError)) or re.match(SHORT_OF_MEMORY, str(error)):
+            print(f"\nProcess {os.environ.get('RANK', 0)}: out of memory, or a data loader worker died, often for want "
+                  "of it: use fewer --workers, a larger --accum_steps, or --activation_checkpointing.", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # not sys.exit, which would wait for processes that are gone and workers that do not end
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The demonstration's images
 
 
 class Drawings:
@@ -290,556 +809,5 @@ class Drawings:
         return self.images[i], self.labels[i].item()
 
 
-class Images(Dataset):
-    """Transformed images of a source (ImageFiles or Drawings), as (uint8 image, label, index if unreadable or else -1).
-
-    Items are asked for as (epoch, index), and seed, epoch and index alone decide every random choice of the transform.
-    A file that cannot be decoded is replaced by another, or, where `replace` is false, comes with the label -1.
-    """
-
-    def __init__(self, source, transform, seed=0, replace=True):
-        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, key):
-        epoch, index = key
-        unreadable = -1
-        for attempt in range(100 if self.replace else 1):
-            chosen = seed_of(self.seed, epoch, index, attempt) % len(self) if attempt else index
-            try:
-                image, label = self.source[chosen]
-                break
-            except Exception:  # decoders raise many kinds for a damaged file
-                unreadable = index
-        else:  # black; a run in which so many cannot be decoded is about to stop
-            image, label = torch.zeros(3, 1, 1, dtype=torch.uint8), 0 if self.replace else -1
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return self.transform(image), label, unreadable
-
-
-class Batches:
-    """Sampler of this process's micro-batches, as lists of (epoch, index), from step `start` of the run to its end.
-
-    An epoch is a random order of all images, cut into global batches (what is left over waits for the next epoch). A
-    batch is cut into a share for each process, and a share into accum_steps micro-batches.
-    """
-
-    def __init__(self, images, args, start):
-        self.images, self.args, self.start = images, args, start
-
-    def __iter__(self):
-        args, (rank, processes) = self.args, process()
-        steps = self.images // args.batch_size
-        for epoch in range(self.start // steps, args.epochs):
-            order = torch.randperm(self.images, generator=torch.Generator().manual_seed(seed_of(args.seed, epoch)))
-            for step in range(self.start % steps if epoch == self.start // steps else 0, steps):
-                batch = order[step * args.batch_size : (step + 1) * args.batch_size]
-                for micro_batch in batch.view(processes, args.accum_steps, -1)[rank].tolist():
-                    yield [(epoch, index) for index in micro_batch]
-
-
-def ignore_signals(_):
-    """Loader workers leave SIGINT and SIGTERM to the training process, which ends them when it is ready."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def make_loader(dataset, batches, args, device):
-    """Batches of uint8 images, read ahead by --workers processes."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=args.workers, worker_init_fn=ignore_signals,
-                      pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
-
-
-def move(tensor, device):
-    """A tensor on the device, without waiting for a GPU to have it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-@functools.lru_cache
-def mean_and_std(device):
-    """ImageNet's, (3, 1, 1) each; copied to the device once."""
-    return tuple(torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-
-
-def normalize(images, device):
-    """uint8 images (B, 3, H, W) -> float32 with ImageNet's mean and spread, on the device."""
-    mean, std = mean_and_std(device)
-    return (images.to(device, non_blocking=True).float() / 255 - mean) / std
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Speed
-
-
-def prepare(model, args):
-    """Compile the model, and have activations recomputed, where args say so.
-
-    A single process compiles it whole, and on a GPU replays it as CUDA graphs: Python then launches a graph, not each
-    of its kernels. Where gradients are accumulated there are no graphs, since a graph writes its gradients to the same
-    memory each time, over those of the micro-batch before. With several processes the blocks are compiled, so that the
-    gradients of one are sent while those of the next are computed.
-    """
-    model.activation_checkpointing = args.activation_checkpointing
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
-        torch._functorch.config.activation_memory_budget = 0.9  # a quarter less memory for about 2% more time
-        whole = process()[1] == 1
-        mode = "reduce-overhead" if whole and args.accum_steps == 1 else None
-        for module in [model] if whole else [*model.layers, *getattr(model, "decoder", [])]:
-            module.compile(dynamic=False, mode=mode)  # three batch sizes: training's, evaluation's and its last
-
-
-def matrix_flops(model):
-    """Floating-point operations of the matrix products in a training step, for one image: forward, and twice backward.
-    """
-    images = torch.empty(1, 3, model.image_size, model.image_size, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta")(images)
-    return 3 * counter.get_total_flops()
-
-
-def milliseconds(function, repeats):
-    """The median time from one call to the next on the GPU, after a warm-up."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 4)]
-    for event in events[:-1]:
-        event.record()
-        function()
-    events[-1].record()
-    events[-1].synchronize()
-    return sorted(start.elapsed_time(end) for start, end in zip(events[3:], events[4:]))[repeats // 2]
-
-
-def matrix_rate(device):
-    """What the GPU reaches in a large bfloat16 matrix product, in floating-point operations per second, measured."""
-    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
-    return 2 * len(a) ** 3 / milliseconds(lambda: a @ b, repeats=10) * 1000
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Steps, checkpoints, and what goes on around them
-
-
-def learning_rate(step, peak, warmup_steps, total_steps, minimum=0.0):
-    """Linear warm-up from 0, then half a cosine down to `minimum`; by step, counted from 0."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def optimizer_step(model, optimizer, loss, clip_grad=math.inf):
-    """Clip the gradient norm and take the step, unless loss or gradient is not finite: then no process takes it.
-
-    loss: this process's mean loss, a tensor. Returns the mean loss of all processes and whether the step was dropped,
-    as tensors, without waiting for the GPU.
-    """
-    dist.all_reduce(loss)
-    loss /= process()[1]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    dropped = ~(loss.isfinite() & norm.isfinite())
-    optimizer.found_inf = dropped.float()  # fused optimisers skip the step where this is 1, as for GradScaler
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss, dropped
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint beside the old one, flush it, then put it in its place: whole or not at all."""
-    beside = f"{path}.new"
-    try:
-        with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            os.remove(beside)
-        if "DataLoader worker" in str(error):  # torch raises this wherever the process is when a worker dies
-            raise
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise Stop(f"Cannot write {path}: {reason} The checkpoint before it is as it was.", everywhere=False) from None
-
-
-def resume_checkpoint(args, model, images):
-    """The checkpoint to continue from, --resume or --out's last.pth, or None. Raises ValueError where it cannot be
-    read, or is of a run with another model, other arguments (MAY_CHANGE aside) or another number of images.
-    """
-    path = args.resume or os.path.join(args.out, "last.pth")
-    found = args.resume is not None or os.path.exists(path)
-    if from_first_process(lambda: found) != found:
-        raise Stop(f"Only some nodes see {path}: --out must be a folder that all of them share.", everywhere=False)
-    if not found:
-        return None
-    checkpoint = read_checkpoint(path)
-    if "run" not in checkpoint or "optimizer" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint that a run can continue from.")
-    shapes, own = ({k: v.shape for k, v in weights.items()} for weights in (checkpoint["model"], model.state_dict()))
-    if shapes != own:
-        raise ValueError(f"{path} is a checkpoint of another model, or of other classes: give another --out.")
-    for name, value in vars(args).items():
-        if name not in MAY_CHANGE and checkpoint["args"].get(name) != value:
-            raise ValueError(f"{path} was made with --{name} {checkpoint['args'].get(name)}, this run has {value}: "
-                             f"give the same, or another --out.")
-    if checkpoint["run"]["images"] != images:
-        raise ValueError(f"{path} was made with {checkpoint['run']['images']} images, and --data now holds {images}: "
-                         f"give the same, or another --out.")
-    return checkpoint
-
-
-class Progress:
-    """What goes on around the steps of a run: the bar, log.jsonl, signals, dropped steps and unreadable files.
-
-    All processes call its methods alike. A GPU's results, which one has to wait for, are read every tenth step only.
-    """
-
-    READ_EVERY = {"cpu": 1, "cuda": 10}
-    MOST_DROPPED = 10  # steps in a row
-    MOST_UNREADABLE = 0.01  # of all files
-
-    def __init__(self, args, source, steps_per_epoch, device, state, model):
-        self.full_speed = None  # images/s, were the step nothing but matrix products
-        if process()[0] == 0 and device.type == "cuda":
-            self.full_speed = matrix_rate(device) / matrix_flops(model) * process()[1]
-        self.args, self.source, self.steps_per_epoch, self.first = args, source, steps_per_epoch, process()[0] == 0
-        self.step = state.get("step", 0)
-        self.totals = torch.tensor(state.get("totals", [0.0] * 4), device=device, dtype=torch.float64)
-        self.unreadable = set(state.get("unreadable", []))
-        self.new_unreadable, self.interrupted = set(), False
-        self.saved_at = self.epoch_started = self.read_at = time.monotonic()
-        self.epoch_first_step = self.read_step = self.step
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self.interrupt)
-        total, done = args.epochs * steps_per_epoch * args.batch_size, self.step * args.batch_size
-        self.bar = tqdm(total=total, initial=done, unit=" images", unit_scale=True, disable=not self.first,
-                        dynamic_ncols=True, smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)
-        self.tensorboard = None
-        if self.first:
-            self.log, logged = open_log(os.path.join(args.out, "log.jsonl"))
-            self.logged = logged if state else set()  # a run from the start writes its own lines
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-                self.tensorboard = SummaryWriter(os.path.join(args.out, "tensorboard"))
-
-    def interrupt(self, *_):
-        self.interrupted = True
-
-    def state(self):
-        """What a checkpoint keeps of it."""
-        return dict(step=self.step, images=len(self.source), totals=self.totals.tolist(),
-                    unreadable=sorted(self.unreadable))
-
-    def after_step(self, loss, dropped, unreadable, lr):
-        """Count a step. Returns true where the run has been interrupted and should write its checkpoint and stop."""
-        self.step += 1
-        ok, bad = (~dropped).double(), dropped.double()
-        loss_sum, taken, all_dropped, in_row = self.totals.unbind()
-        self.totals = torch.stack([loss_sum + torch.where(dropped, 0.0, loss), taken + ok, all_dropped + bad,
-                                   (in_row + bad) * bad])
-        self.new_unreadable.update(i for i in unreadable if i >= 0 and i not in self.unreadable)
-        if self.step % self.READ_EVERY[loss.device.type] and self.step % self.steps_per_epoch:
-            return False
-        return self.read_results(loss, lr)
-
-    def read_results(self, loss, lr):
-        flags = torch.tensor([self.interrupted, len(self.new_unreadable)], device=loss.device, dtype=torch.float)
-        dist.all_reduce(flags)
-        interrupted, new_unreadable = flags.tolist()
-        if new_unreadable:
-            self.gather_unreadable()
-        if self.totals[3] >= self.MOST_DROPPED:
-            raise Stop(f"The loss was not finite {self.totals[3]:.0f} steps in a row, up to step {self.step}: the run "
-                       f"stops, and its last checkpoint is as it was. A smaller --blr may help.")
-        epoch = (self.step - 1) // self.steps_per_epoch + 1
-        self.bar.set_description(f"epoch {epoch}/{self.args.epochs}", refresh=False)
-        share = ""
-        if self.full_speed:
-            speed = (self.step - self.read_step) * self.args.batch_size / (time.monotonic() - self.read_at)  # images/s
-            share = f", {speed / self.full_speed:.0%} of matrix rate"
-            self.read_at, self.read_step = time.monotonic(), self.step
-        self.bar.set_postfix_str(f"loss {loss.item():.4f}, lr {lr:.2e}{share}", refresh=False)
-        self.bar.update(self.step * self.args.batch_size - self.bar.n)
-        return interrupted > 0
-
-    def gather_unreadable(self):
-        """Tell every process of the files that any could not decode; name each once; stop where they are too many."""
-        new = gather(self.new_unreadable) - self.unreadable
-        self.unreadable |= new
-        self.new_unreadable = set()
-        for i in sorted(new):
-            self.name_unreadable(self.source.name(i), "another image stands in for it")
-        if len(self.unreadable) > self.MOST_UNREADABLE * len(self.source):
-            raise Stop(f"{len(self.unreadable)} of {len(self.source)} images cannot be decoded, more than 1%: see "
-                       f"{os.path.join(self.args.out, 'log.jsonl')} for their names.")
-
-    def name_unreadable(self, name, instead):
-        """Say and log, once, that a file cannot be decoded and what is done instead."""
-        if self.write_log(dict(step=self.step, unreadable=name)):
-            self.say(f"Cannot decode {name}: {instead}.")
-
-    def checkpoint_due(self):
-        """Whether --checkpoint_minutes have passed since the last one; the first process decides, which writes it."""
-        return self.first and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
-
-    def save(self, checkpoint):
-        """Write last.pth, on the first process. checkpoint: without "run" and "args", which are added here."""
-        if self.first:
-            save_checkpoint(os.path.join(self.args.out, "last.pth"),
-                            dict(checkpoint, run=self.state(), args=vars(self.args)))
-        self.saved_at = time.monotonic()
-
-    def stop_interrupted(self):
-        """End an interrupted run, on every process, once the first has saved it: torchrun ends all soon after one."""
-        dist.barrier()
-        raise Stop(f"Interrupted at step {self.step}, which is saved: the same command continues.",
-                   code=os.EX_TEMPFAIL)
-
-    def end_epoch(self, lr, **results):
-        """Write the epoch's line to log.jsonl and TensorBoard, and start the next epoch's count."""
-        loss_sum, taken, dropped, in_row = self.totals.tolist()
-        images = (self.step - self.epoch_first_step) * self.args.batch_size
-        seconds = time.monotonic() - self.epoch_started
-        entry = dict(epoch=self.step // self.steps_per_epoch, step=self.step, loss=loss_sum / max(taken, 1), lr=lr,
-                     dropped_steps=int(dropped), unreadable_images=len(self.unreadable),
-                     images_per_second=round(images / seconds, 1), seconds=round(seconds, 1), **results)
-        self.write_log(entry)
-        if self.tensorboard:
-            for name, value in entry.items():
-                self.tensorboard.add_scalar(name, value, entry["epoch"])
-            self.tensorboard.flush()
-        told = {"loss", *results, *(["dropped_steps"] if dropped else [])}
-        self.say(f"epoch {entry['epoch']}: " + ", ".join(
-            f"{name} {value:.4g}" for name, value in entry.items() if name in told))
-        self.totals = torch.tensor([0, 0, 0, in_row], device=self.totals.device, dtype=torch.float64)
-        self.epoch_started, self.epoch_first_step = time.monotonic(), self.step
-
-    def write_log(self, entry):
-        """Append a line, unless the run has written it before. JSON has no NaN: null stands for it. Returns whether."""
-        if not self.first or log_key(entry) in self.logged:
-            return False
-        self.logged.add(log_key(entry))
-        entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        line = (json.dumps(entry) + "\n").encode()
-        if os.write(self.log, line) < len(line):
-            raise OSError(errno.ENOSPC, "No space left on device", os.path.join(self.args.out, "log.jsonl"))
-        return True
-
-    def say(self, line):
-        if self.first:
-            tqdm.write(line, file=sys.stderr)
-
-
-def log_key(entry):
-    """What a line of the log is about: an epoch, or a file that cannot be decoded."""
-    return entry.get("unreadable", entry.get("epoch"))
-
-
-def open_log(path):
-    """Open a log of JSON lines to append to; what a crash has left of a line is taken off its end first.
-
-    Returns its file descriptor and the keys of its lines.
-    """
-    log, keys, position, end = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), set(), 0, 0
-    for line in os.pread(log, os.fstat(log).st_size, 0).splitlines(keepends=True):
-        position += len(line)
-        with contextlib.suppress(ValueError):
-            keys.add(log_key(json.loads(line if line.endswith(b"\n") else b"")))
-            end = position
-    os.ftruncate(log, end)
-    return log, keys
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def add_common_arguments(parser, out, image_size, epochs, blr, batch_size):
-    """The flags that pretraining and finetuning share, with the defaults in which they differ."""
-    parser.add_argument("--out", metavar="DIR", default=out, help="where the run goes")
-    parser.add_argument("--model", choices=MODELS, default="arm_base", help="size")
-    parser.add_argument("--image_size", type=int, default=image_size, help="pixels")
-    parser.add_argument("--patch_size", type=int, default=16, help="pixels")
-    parser.add_argument("--epochs", type=int, default=epochs, help="passes over the images")
-    parser.add_argument("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
-    parser.add_argument("--blr", type=float, default=blr, help="peak learning rate for a batch of 256")
-    parser.add_argument("--batch_size", type=int, default=batch_size, help="of all processes together")
-    parser.add_argument("--accum_steps", type=int, default=1, help="split each batch in time, to save memory")
-    parser.add_argument("--weight_decay", type=float, default=0.05, help="of matrices")
-    parser.add_argument("--workers", type=int, help="loader processes for each training process (default: its share of "
-                        "the cores, at most 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random choices")
-    parser.add_argument("--drawings", type=int, help="images of the demonstration")
-    parser.add_argument("--compile", type=int, choices=[0, 1], help="torch.compile (default: on GPUs, with our scan)")
-    parser.add_argument("--activation_checkpointing", action="store_true",
-                        help="recompute the encoder's activations: less memory, about a third more work")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="what to train on")
-    parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint (default: last.pth in --out)")
-    parser.add_argument("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
-    parser.set_defaults(drawings=1)  # the demonstration has its own
-
-
-def parse_args(parser, demonstration, recipes):
-    """Parse, with the defaults of the model's recipe, or without --data those of the demonstration; check numbers."""
-    args, _ = parser.parse_known_args()
-    parser.set_defaults(**recipes.get(args.model, {}))
-    if args.data is None:
-        parser.set_defaults(**demonstration)
-    args = parser.parse_args()
-    if args.workers is None:
-        args.workers = min(16, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if args.compile is None:
-        args.compile = int(args.device == "cuda" and os.environ.get("ARM_SCAN", "triton") == "triton")
-    with bad_input():
-        for name in ("batch_size", "accum_steps", "epochs", "image_size", "patch_size", "drawings"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-        for name in ("blr", "weight_decay", "warmup_epochs", "workers", "checkpoint_minutes"):
-            if not 0 <= getattr(args, name) < math.inf:
-                raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}.")
-        if args.warmup_epochs >= args.epochs:
-            raise ValueError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: "
-                             f"choose more epochs, or a shorter warm-up.")
-        processes = process()[1]
-        if args.batch_size % (processes * args.accum_steps):
-            raise ValueError(f"--batch_size {args.batch_size} does not divide into {processes} processes x "
-                             f"{args.accum_steps} --accum_steps: choose a multiple of {processes * args.accum_steps}.")
-    return args
-
-
-def check_run(args, images):
-    """Raises ValueError where there are too few images for a batch, or --out cannot be written or has another run."""
-    if images < args.batch_size:
-        raise ValueError(f"--batch_size {args.batch_size} is more than the {images} training images: choose a "
-                         f"smaller one.")
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        log = os.open(os.path.join(args.out, "log.jsonl"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        raise ValueError(f"Cannot write to --out {args.out}: {error.strerror}.") from None
-    try:
-        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it stays open, and so locked, while the process lives
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # else the file system has no locks
-            raise ValueError(f"Another run writes to --out {args.out}: wait for it, or give another.") from None
-
-
-def get_args():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", metavar="DIR", help="images: train/CLASS/*, CLASS/* or just images; labels are not "
-                        "used. Without it, a demonstration on drawn images")
-    add_common_arguments(parser, out="runs/pretrain", image_size=192, epochs=1600, blr=1.5e-4, batch_size=2048)
-    parser.add_argument("--cluster_size", type=int, default=4, help="patches along a cluster side")
-    parser.add_argument("--clip_grad", type=float, default=3.0, help="largest gradient norm")
-    args = parse_args(parser, DEMONSTRATION, RECIPES)
-    with bad_input():
-        if not args.clip_grad > 0:
-            raise ValueError(f"--clip_grad must be more than 0, not {args.clip_grad}; inf for no clipping.")
-    return args
-
-
-def save_picture(path, model, images):
-    """Write a PNG: images above, the clusters as predicted below. images: normalised, (n, 3, H, W)."""
-    pair = torch.cat([images, model.reconstruct(images)]).cpu()  # (2 n, 3, H, W)
-    pixels = pair * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    pixels = F.interpolate(pixels.clamp(0, 1), scale_factor=max(1, 128 // images.shape[-1]))
-    buffer = io.BytesIO()
-    save_image(make_grid(pixels, nrow=len(images), pad_value=1), buffer, format="png")
-    with open(path, "wb") as file:
-        file.write(buffer.getvalue())
-
-
-def main():
-    args = get_args()
-    device = start_processes(args.device)
-    first = process()[0] == 0
-    if first and args.data is None:
-        print("Demonstration: ARM learns to predict the next cluster of small drawn images. For a real run: --data.")
-
-    # Data
-    with bad_input():
-        if args.data is None:
-            source = Drawings(args.drawings, args.image_size, seed=0)
-        else:
-            train = os.path.join(args.data, "train")
-            folder = train if os.path.isdir(train) else args.data
-            source = ImageFiles(folder, from_first_process(lambda: list_images(folder)))
-    crop = v2.RandomResizedCrop(args.image_size, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC)
-    dataset = Images(source, v2.Compose([crop, v2.RandomHorizontalFlip()]), args.seed)
-    steps_per_epoch = len(source) // args.batch_size
-    total_steps = args.epochs * steps_per_epoch
-
-    # Model
-    torch.manual_seed(args.seed)
-    with bad_input():
-        size = MODELS[args.model]
-        arm = ARM(args.image_size, args.patch_size, args.cluster_size, **size, decoder_dim=min(512, size["dim"]))
-        from_first_process(lambda: check_run(args, len(source)))
-        checkpoint = resume_checkpoint(args, arm, len(source))
-    prepare(arm, args)
-    model = DistributedDataParallel(arm.to(device), gradient_as_bucket_view=True)
-    decayed = [p for p in arm.parameters() if p.ndim > 1]
-    others = [p for p in arm.parameters() if p.ndim <= 1]
-    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    if checkpoint:
-        arm.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    progress = Progress(args, source, steps_per_epoch, device, checkpoint["run"] if checkpoint else {}, arm)
-    del checkpoint  # which is large
-    if first:
-        parameters = sum(p.numel() for p in arm.parameters())
-        tqdm.write(f"{args.model}, {parameters:,} parameters; {len(source):,} images, {args.epochs} epochs of "
-                   f"{steps_per_epoch} steps, from step {progress.step}; {process()[1]} x {device.type}; to {args.out}")
-
-    # Training
-    batches = iter(make_loader(dataset, Batches(len(source), args, progress.step), args, device))
-    while progress.step < total_steps:
-        lr = learning_rate(progress.step, args.blr * args.batch_size / 256, args.warmup_epochs * steps_per_epoch,
-                           total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, unreadable = torch.zeros((), device=device), []
-        for micro_step in range(args.accum_steps):
-            images, _, bad = next(batches)
-            last = micro_step == args.accum_steps - 1
-            with contextlib.nullcontext() if last else model.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    micro_loss = model(normalize(images, device)) / args.accum_steps
-                micro_loss.backward()
-            loss += micro_loss.detach()
-            unreadable += bad.tolist()
-        loss, dropped = optimizer_step(model, optimizer, loss, args.clip_grad)
-        interrupted = progress.after_step(loss, dropped, unreadable, lr)
-
-        epoch, inside_epoch = divmod(progress.step, steps_per_epoch)
-        if not inside_epoch:
-            progress.end_epoch(lr)
-            if first and (epoch % max(1, args.epochs // 20) == 0 or epoch == args.epochs):
-                n = min(8, len(dataset))
-                pictured = torch.stack([dataset[0, i * len(dataset) // n][0] for i in range(n)])
-                save_picture(os.path.join(args.out, "predictions.png"), arm, normalize(pictured, device))
-        if interrupted or not inside_epoch or progress.checkpoint_due():
-            progress.save(dict(model=arm.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch))
-        if interrupted:
-            progress.stop_interrupted()
-
-    progress.bar.close()
-    if first:
-        command = f"torchrun --standalone --nproc_per_node {process()[1]} finetune.py --init {args.out}/last.pth"
-        usual = DEMONSTRATION
-        if args.data:
-            labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
-            command += f" --data {labelled} --batch_size {min(args.batch_size, 1024)}"
-            usual = dict(patch_size=16, image_size=args.image_size) if args.patch_size == 16 else {}  # 224 follows 192
-        for name in ("model", "image_size", "patch_size"):
-            if getattr(args, name) != usual.get(name):
-                command += f" --{name} {getattr(args, name)}"
-        print(f"Done: weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png.\n"
-              f"Next, finetune: {command}")
-
-
 if __name__ == "__main__":
-    run(main)
+    end_with_a_sentence(main)

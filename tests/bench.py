@@ -3,16 +3,24 @@
     python tests/bench.py scan                      # the scan, forward + backward, and its errors against float64
     python tests/bench.py train                     # training steps and inference, beside a ViT-B
     python tests/bench.py data FOLDER_OR_TAR        # image files to batches
+    python tests/bench.py gpus FOLDER_OR_TAR        # both scripts' training on 1, 2, 4, 8 GPUs of this machine
 
 scan and train need a GPU; they time ours (Triton), mamba-ssm's kernels where they are installed, and plain PyTorch, in
-one run, by CUDA events, after warm-up, the median of many. data repeats the photographs of a folder (or tar): crop to
-192 and flip, by torchvision's PIL path and by pretrain.py's. Full-size ones are wanted, such as some of ImageNet's.
+one run, by CUDA events, after warm-up, the median of many. data and gpus repeat the photographs of a folder (or tar);
+full-size ones are wanted, such as some of ImageNet's. data crops to 192 and flips, by torchvision's PIL path and by
+pretrain.py's. gpus times steps alone and with images, and tells what is lost: steps without all-reduce, the time that
+Python takes to launch a step, and the loader by itself.
 """
 
 import argparse
+import contextlib
+import copy
 import gc
+import itertools
+import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -21,17 +29,46 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import arm  # noqa: E402
 from arm import ARM, MODELS, ARMClassifier  # noqa: E402
-from pretrain import (ImageFiles, Images, list_images, make_loader, matrix_flops, matrix_rate,  # noqa: E402
-                      milliseconds, optimizer_step, prepare, start_processes)
+from finetune import train_transform  # noqa: E402
+from pretrain import (ImageFiles, Images, list_images, load, normalize, optimizer_step, parameter_groups,  # noqa: E402
+                      prepare, start_processes)
+
+
+def milliseconds(function, repeats):
+    """The median time from one call to the next on the GPU, after a warm-up."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 4)]
+    for event in events[:-1]:
+        event.record()
+        function()
+    events[-1].record()
+    events[-1].synchronize()
+    return sorted(start.elapsed_time(end) for start, end in zip(events[3:], events[4:]))[repeats // 2]
+
+
+def matrix_rate(device):
+    """What the GPU reaches in a large bfloat16 matrix product, in floating-point operations per second."""
+    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    return 2 * len(a) ** 3 / milliseconds(lambda: a @ b, repeats=10) * 1000
+
+
+def matrix_flops(model, size):
+    """Floating-point operations of the matrix products in a training step, for one image: forward, and twice backward.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta")(torch.empty(1, 3, size, size, device="meta"))
+    return 3 * counter.get_total_flops()
 
 
 def installed_scans():
@@ -108,7 +145,7 @@ def training_step(model, optimizer, images, labels, clip_grad):
         output = model(images)
     loss = output if output.ndim == 0 else F.cross_entropy(output.float(), labels)
     loss.backward()
-    optimizer_step(model, optimizer, loss.detach(), clip_grad)
+    optimizer_step(model, optimizer, 1e-4, loss.detach(), clip_grad)
 
 
 @torch.no_grad()
@@ -118,7 +155,7 @@ def inference(model, images):
 
 
 def bench_train(args):
-    device, rate = start_processes("cuda"), matrix_rate(torch.device("cuda"))
+    device, rate = start_processes(SimpleNamespace(device="cuda")), matrix_rate(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bfloat16 matrix products reach "
           f"{rate / 1e12:.0f} TFLOP/s\n")
     print("| work | model | image size, batch | by | images/s | ms | peak GiB | share of matrix rate |")
@@ -152,7 +189,7 @@ def bench_train(args):
                 else:
                     os.environ["ARM_SCAN"] = choice
                     model = (ARM if work == "pretrain" else ARMClassifier)(size, **MODELS[name])
-                    flops = matrix_flops(model)
+                    flops = matrix_flops(model, size)
                     prepare(model, SimpleNamespace(compile=compiled, accum_steps=1,
                                                    activation_checkpointing=compiled == 2))
                 images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
@@ -163,7 +200,8 @@ def bench_train(args):
                 def step():
                     inference(model, images)
             else:
-                optimizer = torch.optim.AdamW(model.parameters(), fused=True, lr=1e-4)
+                groups = [dict(params=model.parameters(), lr_scale=1.0)]
+                optimizer = torch.optim.AdamW(groups, fused=True)
 
                 def step():
                     training_step(model, optimizer, images, labels, 3.0 if work == "pretrain" else float("inf"))
@@ -191,7 +229,7 @@ def images_per_second(dataset, images, workers):
     """Counted once each worker has started and given a batch."""
     keys = [(i // len(dataset), i % len(dataset)) for i in range(images + 64 * workers)]
     batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
-    loader = iter(make_loader(dataset, batches, SimpleNamespace(workers=workers), torch.device("cpu")))
+    loader = load(dataset, batches, workers, torch.device("cpu"))
     for _ in range(workers):
         next(loader)
     started, seen = time.perf_counter(), 0
@@ -200,18 +238,26 @@ def images_per_second(dataset, images, workers):
     return seen / (time.perf_counter() - started)
 
 
-def bench_data(args):
+@contextlib.contextmanager
+def photographs(folder_or_tar):
+    """The folder, or one that a tar is unpacked into."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.images_in
-        if os.path.isfile(folder):
-            with tarfile.open(folder) as tar:
+        if os.path.isfile(folder_or_tar):
+            with tarfile.open(folder_or_tar) as tar:
                 tar.extractall(scratch, filter="data")
-            folder = scratch
-        names = list_images(folder)
-        ours = [v2.RandomResizedCrop(192, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip()]
-        rows = {"PIL (ImageFolder)": Images(PILFiles(folder, names), v2.Compose([*ours, v2.PILToTensor()])),
-                "pretrain.py": Images(ImageFiles(folder, names), v2.Compose(ours))}
+        yield scratch if os.path.isfile(folder_or_tar) else folder_or_tar
+
+
+def pretraining_transform():
+    return v2.Compose([v2.RandomResizedCrop(192, scale=(0.2, 1), interpolation=InterpolationMode.BICUBIC),
+                       v2.RandomHorizontalFlip()])
+
+
+def bench_data(args):
+    with photographs(args.images_in) as folder:
+        names, ours = list_images(folder), pretraining_transform()
+        rows = {"PIL (ImageFolder)": Images(PILFiles(folder, names), v2.Compose([ours, v2.PILToTensor()])),
+                "pretrain.py": Images(ImageFiles(folder, names), ours)}
         speeds = {name: [] for name in rows}
         for _ in range(args.repeats):  # in turn, so that both see the same machine
             for name, dataset in rows.items():
@@ -220,6 +266,87 @@ def bench_data(args):
           f"median of {args.repeats}")
     for name, speed in speeds.items():
         print(f"{name:20} {sorted(speed)[len(speed) // 2]:8.0f} images/s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+WORKS = {  # work: its model, image size and batch on each GPU
+    "pretrain arm_base": (ARM, 192, 256), "finetune arm_base": (ARMClassifier, 224, 128),
+    "pretrain arm_huge": (ARM, 192, 64),
+}
+
+
+def bench_gpus(args):
+    """A torchrun for each work and number of GPUs; one process of each prints its figures."""
+    counts = [n for n in args.counts if n <= torch.cuda.device_count()]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {os.cpu_count()} cores; images/s\n")
+    print("| work | GPUs | steps alone | of N times one | without all-reduce | launching a step, ms | with images | "
+          "of steps alone | loader by itself |\n" + "| --- " * 9 + "|")
+    with photographs(args.images_in) as folder:
+        for work in WORKS:
+            if not re.search(args.only, work):
+                continue
+            for n in counts:
+                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+                run = subprocess.run([*torchrun, __file__, "step", folder, work], stdout=subprocess.PIPE, check=True,
+                                     text=True)
+                r = json.loads(run.stdout.splitlines()[-1])
+                one = r["steps"] if n == counts[0] else one
+                print(f"| {work} | {n} | {r['steps']:,.0f} | {r['steps'] / one * counts[0] / n:.0%} | "
+                      f"{r['no_sync']:,.0f} | {r['launch_ms']:.1f} | {r['images']:,.0f} | "
+                      f"{r['images'] / r['steps']:.0%} | {r['loader']:,.0f} |", flush=True)
+
+
+def seconds_each(step, repeats):
+    """Time of a step on all GPUs, which start together."""
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    launched = time.perf_counter() - started
+    torch.cuda.synchronize()
+    dist.barrier()
+    return (time.perf_counter() - started) / repeats, launched / repeats
+
+
+def bench_step(args):
+    """One process of bench_gpus."""
+    device = start_processes(SimpleNamespace(device="cuda"))
+    (kind, size, batch), processes = WORKS[args.work], dist.get_world_size()
+    workers = max(1, os.cpu_count() // processes)
+    torch.manual_seed(0)
+    model = kind(size, **MODELS[args.work.split()[1]]).to(device)
+    prepare(model, SimpleNamespace(compile=1, accum_steps=1, activation_checkpointing=False))
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), fused=True)
+    images, labels = torch.randn(batch, 3, size, size, device=device), torch.randint(1000, (batch,), device=device)
+
+    def step(images=images):
+        training_step(ddp, optimizer, images, labels, 3.0 if kind is ARM else float("inf"))
+
+    def step_without_all_reduce():
+        with ddp.no_sync():
+            step()
+
+    augmentation = dict(image_size=size, crop_scale=0.08, augment=9, erasing=0.25)
+    transform = pretraining_transform() if kind is ARM else train_transform(SimpleNamespace(**augmentation))
+    dataset = Images(ImageFiles(args.images_in, list_images(args.images_in)), transform)
+    endless = ([(b, (b * batch + i) % len(dataset)) for i in range(batch)] for b in itertools.count())
+    alone, launching = seconds_each(step, 30)
+    no_sync, _ = seconds_each(step_without_all_reduce, 30)
+    batches = load(dataset, endless, workers, device)
+    for _ in range(4 * workers):  # what was read ahead says nothing of the rate
+        next(batches)
+    loading, _ = seconds_each(lambda: next(batches), 4 * workers)
+    with_images, _ = seconds_each(lambda: step(normalize(next(batches)[0], device)), 4 * workers)
+    if dist.get_rank() == 0:
+        print(json.dumps(dict(steps=batch * processes / alone, no_sync=batch * processes / no_sync,
+                              launch_ms=1000 * launching, images=batch * processes / with_images,
+                              loader=batch * processes / loading)), flush=True)
+    os._exit(0)  # not waiting for workers that read on
 
 
 if __name__ == "__main__":
@@ -236,6 +363,15 @@ if __name__ == "__main__":
     data.add_argument("--workers", type=int, default=os.cpu_count())
     data.add_argument("--images", type=int, default=10000)
     data.add_argument("--repeats", type=int, default=5)
+    gpus = tables.add_parser("gpus")
+    gpus.set_defaults(run=bench_gpus)
+    gpus.add_argument("images_in", metavar="FOLDER_OR_TAR")
+    gpus.add_argument("--only", default="", help="works that match, such as 'pretrain'")
+    gpus.add_argument("--counts", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of GPUs")
+    step = tables.add_parser("step", description="one process of gpus")
+    step.set_defaults(run=bench_step)
+    step.add_argument("images_in")
+    step.add_argument("work", choices=WORKS)
     args = parser.parse_args()
     if args.table == "data":
         torch.set_num_threads(1)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the models are small, and threads that wait for each other slow on a busy machine
 
 # Scripts are run in children of a server that has already imported torch: each starts in a moment.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TRITON_INTERPRET"] = "1"  # the kernels for GPUs run on CPU tensors
 server = multiprocessing.get_context("forkserver")
@@ -37,7 +38,7 @@ def child(script, argv, env, output, before):
     module = __import__(script)
     if before:
         before(module)
-    module.run(module.main)
+    module.end_with_a_sentence(module.main)
 
 
 class Running:
@@ -74,12 +75,16 @@ def free_port():
         return s.getsockname()[1]
 
 
+def environment(rank, n, local, port=29500):
+    """torchrun's, of one of n processes, `local` of them on each machine."""
+    return dict(RANK=str(rank), LOCAL_RANK=str(rank % local), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(local),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
 def processes(name, *argv, n=2, before=None):
     """Start a script in n processes that know of each other, as torchrun would."""
     port = free_port()
-    return [Running(name, *argv, before=before, env=dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n),
-                                                        LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                                                        MASTER_PORT=str(port))) for r in range(n)]
+    return [Running(name, *argv, before=before, env=environment(r, n, n, port)) for r in range(n)]
 
 
 def golden_images(size):
