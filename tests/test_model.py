@@ -338,7 +338,7 @@ def test_the_triton_kernels_read_what_is_not_contiguous():
 
 @TRITON
 def test_the_models_compute_the_same_with_the_triton_kernels_compiled_without_a_graph_break(monkeypatch):
-    for model in (ARM(16, 8, 1, dim=16, depth=2, decoder_dim=64, decoder_depth=1),
+    for model in (ARM(16, 8, 1, dim=16, depth=2, decoder_dim=64, decoder_depth=2),
                   ARMClassifier(16, 8, dim=16, depth=1, num_classes=5)):
         nn.init.normal_(getattr(model, "head", nn.Linear(1, 1)).weight)
         images, results = torch.randn(2, 3, 16, 16), []
@@ -346,7 +346,7 @@ def test_the_models_compute_the_same_with_the_triton_kernels_compiled_without_a_
             monkeypatch.setenv("ARM_SCAN", scan)
             model = copy.deepcopy(model)  # which leaves behind how it was compiled
             for module in dict(nothing=[], layers=model.layers, whole=[model])[compiled]:
-                module.compile(fullgraph=True, backend="aot_eager")
+                module.compile(fullgraph=True, dynamic=False, backend="aot_eager")
             model.zero_grad()
             model(images).square().sum().backward()
             results.append([p.grad for p in model.parameters()])
@@ -842,8 +842,8 @@ def test_weights_of_another_image_size_load_and_the_order_stays_the_models(make,
 def test_a_pretrained_direction_of_any_order_goes_to_all_of_the_classifiers(tmp_path):
     source, model = tiny_arm(depth=3), tiny_classifier()
     source.order.copy_(torch.randperm(16))
-    for name, tensor in source.named_parameters():
-        nn.init.normal_(tensor)
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
     torch.save(dict(model=source.state_dict()), tmp_path / "pretrained.pth")
     assert load_weights(model, tmp_path / "pretrained.pth") == {"cls_token", "norm", "head"}
     assert torch.equal(model.orders, scan_orders(4))
