@@ -2,7 +2,8 @@
 
 An image is cut into patches, and neighbouring patches are grouped into square clusters. A causal Mamba reads one
 cluster after another, and a small decoder predicts the pixels of the next cluster (`ARM`). The same encoder, given
-four scan directions and a classifier, is then finetuned for recognition (`ARMClassifier`).
+four scan directions and a head, is then finetuned: for recognition (`ARMClassifier`), object detection (`ARMDetector`)
+or semantic segmentation (`ARMSegmenter`).
 
     model = ARM(**MODELS["arm_base"])                 # pretraining
     loss = model(images)                              # images: (B, 3, 192, 192), normalised
@@ -10,8 +11,9 @@ four scan directions and a classifier, is then finetuned for recognition (`ARMCl
     load_weights(model, "pretrained.pth")             # ours or the authors' released checkpoints
     logits = model(images)                            # images: (B, 3, 224, 224)
 
-Read from the top: what is predicted from what (ARM), how it is finetuned (ARMClassifier), what both are made of
-(Block, Mamba, the selective scan), loading weights; last, the scan once more as fast kernels for GPUs.
+Read from the top: what is predicted from what (ARM), how it is finetuned (ARMEncoder, ARMClassifier), what both are
+made of (Block, Mamba, the selective scan), detection and segmentation, loading weights; last, the scan once more as
+fast kernels for GPUs.
 
 The letters:
     B   images in a batch           L   tokens of an image
@@ -19,6 +21,7 @@ The letters:
     D   channels of a token (dim)   E   channels of a decoder token (decoder_dim)
     P   pixels along a patch side   G   scan directions of a mixer: 1 in pretraining, 4 in finetuning, any number works
     N   states of a channel, 16     R   rank of the step size delta, ceil(D / 16)
+    W   width of the convolution, 4; in the shape of images their width, H their height
     A, B, C, D, delta and h also name the selective scan's own quantities, as in the Mamba paper (Gu & Dao, 2023).
 
 Sections, equations and algorithms are those of the ARM paper unless another is named.
@@ -46,7 +49,7 @@ try:
 except ImportError:  # PyTorch brings it where it supports CUDA; elsewhere the kernels below are never called
     triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
-MODELS = {  # name: arguments of ARM and of ARMClassifier
+MODELS = {  # name: arguments of ARM and of the finetuning models
     "arm_tiny": dict(dim=128, depth=6),  # for the demonstration, not in the paper
     "arm_small": dict(dim=384, depth=12),  # for small data sets, not in the paper
     "arm_base": dict(dim=768, depth=12),
@@ -114,17 +117,19 @@ class ARM(nn.Module):
         check(1 <= decoder_depth <= depth // 2 + 1, f"a decoder of {decoder_depth} blocks cannot tap an encoder of "
               f"{depth} from its middle to its end: choose 1 to {depth // 2 + 1}")
         self.cluster_tokens = cluster_size**2
-        self.register_buffer("order", order)  # (L,); kept in checkpoints, since weights are of use in their order alone
-        cluster = torch.arange(len(order) - self.cluster_tokens) // self.cluster_tokens
-        # Query i is of target cluster 2 + cluster[i], feature j of cluster 1 + cluster[j]: it must come earlier.
-        # (That nothing else reaches a prediction is tested: test_nothing_of_a_cluster_reaches_its_own_prediction.)
-        self.register_buffer("mask", cluster[None, :] <= cluster[:, None])  # (T, S)
+        self.register_buffer("order", order)  # (L,); kept in checkpoints: pretraining can go on in this order alone
+        # mask[i, j]: may query i, of cluster 2 + cluster_of[i], look at feature j, of cluster 1 + cluster_of[j]? Yes,
+        # where that is an earlier one. (That nothing else reaches a prediction is tested in tests/test_model.py:
+        # test_nothing_of_a_cluster_reaches_its_own_prediction_or_an_earlier_one.)
+        cluster_of = torch.arange(len(order) - self.cluster_tokens) // self.cluster_tokens
+        self.register_buffer("mask", cluster_of[None, :] <= cluster_of[:, None])  # (T, S)
 
         self.register_buffer("pos_embed", sincos_position(dim, grid)[None])  # (1, L, D)
         self.layers = nn.ModuleList(Block(dim, depth) for _ in range(depth))
 
-        between = depth / 2 / max(decoder_depth - 1, 1)
-        self.taps = [depth - round(between * k) for k in reversed(range(decoder_depth))]  # 6, 8, 10, 12 of 1 to 12
+        # The decoder taps blocks evenly spaced from the middle one to the last: 6, 8, 10, 12 of 12.
+        spacing = depth / 2 / max(decoder_depth - 1, 1)
+        self.taps = [depth - round(spacing * k) for k in reversed(range(decoder_depth))]
         self.tap_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in self.taps)
         self.tap_proj = linear(decoder_depth * dim, decoder_depth * decoder_dim)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, decoder_dim), std=0.02))
@@ -138,8 +143,8 @@ class ARM(nn.Module):
         return F.mse_loss(self.predict(images), self.targets(images)[0])
 
     def predict(self, images):
-        """images: (B, 3, H, W) -> normalised pixels (B, T, P * P * 3) of the T tokens after the first cluster, in
-        cluster order. Those of cluster k + 1 are computed from clusters 1..k alone.
+        """images: (B, 3, H, W) -> pixels (B, T, P * P * 3), in the form of the targets, of the T tokens after the first
+        cluster, in cluster order. Those of cluster k + 1 are computed from clusters 1..k alone.
         """
         tapped = self.encode(images, self.order[: -self.cluster_tokens])  # nothing is predicted from the last cluster
         return self.decode(tapped, self.order[self.cluster_tokens :], self.mask)
@@ -159,7 +164,7 @@ class ARM(nn.Module):
         """tapped: as from encode -> pixels (B, T, P * P * 3) of the T patches in `order`; mask as in CrossAttention."""
         # Block k reads channels k, k + 4, k + 8, ... of the projected taps: so the released weights are laid out.
         features = self.tap_proj(torch.cat(tapped, dim=-1)).unflatten(-1, (-1, len(self.taps)))  # (B, S, E, 4)
-        query = self.mask_token + self.decoder_pos_embed[0, order]  # (1, T, E)
+        query = self.mask_token + self.decoder_pos_embed[0, order]  # (1 or B, T, E)
         query = query.expand(features.shape[0], -1, -1)
         for block, feature in zip(self.decoder, features.unbind(-1)):
             query = block(query, feature, mask)
@@ -167,7 +172,8 @@ class ARM(nn.Module):
 
     def targets(self, images, order=None):
         """images: (B, 3, H, W) -> target patches (B, T, P * P * 3) in `order`, by default all after the first cluster,
-        each minus its mean and over its spread; and those means and spreads, (B, T, 1) each.
+        each minus its mean and over its spread; and those means and spreads, (B, T, 1) each. Raw pixels are left as
+        they are, of mean 0 and spread 1.
         """
         order = self.order[self.cluster_tokens :] if order is None else order
         patches = take(self.to_patches(images), order)  # (B, T, P * P * 3)
@@ -214,6 +220,10 @@ class MAE(ARM):
     the patches are hidden, Mamba reads the others in raster order, and the decoder predicts the hidden ones from them.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.order = torch.arange(self.grid**2)  # raster, for `features` too; there are no clusters
+
     def forward(self, images):
         """images: (B, 3, H, W), normalised -> the loss, a scalar: mean squared error of all hidden patches."""
         shuffled = torch.rand(images.shape[0], self.grid**2, device=images.device).argsort(dim=1)  # (B, L)
@@ -259,7 +269,7 @@ class CrossAttention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Finetuning: four directions and a classifier (section 3.3)
+# Finetuning: four directions, and a classifier (section 3.3)
 
 
 def scan_orders(grid, directions=4):
@@ -278,32 +288,59 @@ def scan_orders(grid, directions=4):
     return orders[:directions]
 
 
-class ARMClassifier(nn.Module):
-    """The finetuning model: the same encoder in raster order with a CLS token in the middle, scanned four ways.
+class ARMEncoder(nn.Module):
+    """The encoder of the finetuning models: in raster order with a CLS token in the middle, scanned four ways.
 
     Clusters were what to predict; now nothing is, and rows and columns, both ways, let every patch see every other.
-    image_size, patch_size in pixels; drop_path: the rate that stochastic depth rises to from block to block, in
-    training; pool: "mean" (the mean of the tokens before CLS and the mean of those after it, averaged) or "cls". Raises
-    BadInput where these do not fit together.
+    image_size, patch_size in pixels; drop_path: the rate that stochastic depth rises towards from block to block, in
+    training. Raises BadInput where these do not fit together.
     """
 
-    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_classes=1000, drop_path=0.0, pool="mean",
-                 directions=4):
+    def __init__(self, image_size, patch_size, dim, depth, drop_path, directions=4):
         super().__init__()
         check(directions in (1, 2, 4), f"directions must be 1, 2 or 4, not {directions}")
-        check(pool in ("mean", "cls"), f'pool must be "mean" or "cls", not "{pool}"')
         check(0 <= drop_path < 1, f"drop_path is a rate from 0 to below 1, not {drop_path}")
-        self.pool = pool
         self.patch_embed = PatchEmbed(image_size, patch_size, dim)
         self.grid = grid = self.patch_embed.grid
         check(grid > 1, f"one patch of {patch_size}x{patch_size} pixels is the whole image: choose a smaller one")
         self.register_buffer("orders", scan_orders(grid, directions))  # (G, L)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(with_cls(sincos_position(dim, grid)[None], torch.zeros(1, 1, dim)))
-        # Block i has the rate of block i - 1, as in the released code.
+        # Block i has the rate of block i - 1, as in the released code; so the last one stays a step below drop_path.
         rates = [drop_path * max(i - 1, 0) / max(depth - 1, 1) for i in range(depth)]
         self.layers = nn.ModuleList(Block(dim, depth, directions, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim)
+
+    def features(self, images):
+        """images: (B, 3, H, W) -> the patch tokens after the final norm, as a map: (B, rows, columns, dim)."""
+        return without_cls(self.encode(images)).unflatten(1, (self.grid, self.grid))
+
+    def encode(self, images):
+        """images: (B, 3, H, W) -> all tokens after the final norm, in raster order, CLS in the middle: (B, L, D)."""
+        return self.norm(self.tap(images, [len(self.layers)])[0])
+
+    def tap(self, images, taps):
+        """images: (B, 3, H, W) -> what the blocks `taps`, counted from 1, make of all tokens: a list of (B, L, D)."""
+        x = self.patch_embed(images)
+        x = with_cls(x, self.cls_token.expand(x.shape[0], -1, -1)) + self.pos_embed  # (B, L, D)
+        tapped = []
+        for i, layer in enumerate(self.layers, start=1):
+            x = layer(x, self.orders)
+            if i in taps:
+                tapped.append(x)
+        return tapped
+
+
+class ARMClassifier(ARMEncoder):
+    """Classes of images. pool: "mean" (the mean of the tokens before CLS and the mean of those after it, averaged) or
+    "cls"; the other arguments are ARMEncoder's.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_classes=1000, drop_path=0.0, pool="mean",
+                 directions=4):
+        super().__init__(image_size, patch_size, dim, depth, drop_path, directions)
+        check(pool in ("mean", "cls"), f'pool must be "mean" or "cls", not "{pool}"')
+        self.pool = pool
         self.head = linear(dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
@@ -313,18 +350,6 @@ class ARMClassifier(nn.Module):
         if self.pool == "cls":
             return self.head(x[:, middle])
         return self.head((x[:, :middle].mean(dim=1) + x[:, middle + 1 :].mean(dim=1)) / 2)
-
-    def features(self, images):
-        """images: (B, 3, H, W) -> the patch tokens after the final norm, as a map: (B, rows, columns, dim)."""
-        return without_cls(self.encode(images)).unflatten(1, (self.grid, self.grid))
-
-    def encode(self, images):
-        """images: (B, 3, H, W) -> all tokens after the final norm, in raster order, CLS in the middle: (B, L, D)."""
-        x = self.patch_embed(images)
-        x = with_cls(x, self.cls_token.expand(x.shape[0], -1, -1)) + self.pos_embed  # (B, L, D)
-        for layer in self.layers:
-            x = layer(x, self.orders)
-        return self.norm(x)
 
 
 def with_cls(patches, cls):
@@ -444,7 +469,7 @@ class Mamba(nn.Module):
         G, D, N, W, self.rank = directions, dim, state_size, conv_width, math.ceil(dim / 16)
         self.in_proj, self.out_proj = linear(D, 2 * D, bias=False), linear(D, D, bias=False)
         with torch.no_grad():
-            self.out_proj.weight /= math.sqrt(depth)
+            self.out_proj.weight /= math.sqrt(depth)  # as in Mamba: what all blocks add up to starts with one's spread
         # What each direction owns: the convolution, the projections that make delta, B and C, A and the skip D.
         self.conv_weight, self.conv_bias = uniform(G, D, W, bound=W**-0.5), uniform(G, D, bound=W**-0.5)
         self.x_proj = uniform(G, self.rank + 2 * N, D, bound=D**-0.5)
@@ -537,6 +562,120 @@ def kernels(device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Detection and segmentation: a pyramid made of the encoder's maps, and the heads of other papers
+
+
+def pyramid(dim, half, quarter, norm):
+    """Modules that make of a map of stride 16, (B, dim, ...), those of 4 (`quarter` channels), 8 (`half`), 16, 32."""
+    stride_4 = nn.Sequential(nn.ConvTranspose2d(dim, half, 2, 2), norm(half), nn.GELU(),
+                             nn.ConvTranspose2d(half, quarter, 2, 2))
+    return nn.ModuleList([stride_4, nn.ConvTranspose2d(dim, half, 2, 2), nn.Identity(), nn.MaxPool2d(2)])
+
+
+class ARMDetector(ARMEncoder):
+    """Mask R-CNN (He et al., 2017), torchvision's, on the simple feature pyramid and with the heads of ViTDet (Li et
+    al., 2022). Class 0 is the background, 1 to num_classes are the data's; channels: of the pyramid and the heads.
+    """
+
+    def __init__(self, image_size=1024, patch_size=16, dim=768, depth=12, num_classes=80, drop_path=0.0, channels=256):
+        from torchvision.models import convnext  # here, since it takes as long as to import torch
+        from torchvision.models.detection import MaskRCNN, faster_rcnn, mask_rcnn
+
+        super().__init__(image_size, patch_size, dim, depth, drop_path)
+        norm = functools.partial(convnext.LayerNorm2d, eps=1e-6)
+        self.pyramid = nn.ModuleList(
+            nn.Sequential(level, nn.Conv2d(width, channels, 1, bias=False), norm(channels),
+                          nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm(channels))
+            for level, width in zip(pyramid(dim, dim // 2, dim // 4, norm), (dim // 4, dim // 2, dim, dim)))
+        parts = MaskRCNN(
+            SimpleNamespace(out_channels=channels), rpn_post_nms_top_n_train=1000,
+            rpn_head=faster_rcnn.RPNHead(channels, num_anchors=3, conv_depth=2),
+            box_head=faster_rcnn.FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024], norm),
+            box_predictor=faster_rcnn.FastRCNNPredictor(1024, num_classes + 1),
+            mask_head=mask_rcnn.MaskRCNNHeads(channels, [channels] * 4, 1, norm),
+            mask_predictor=mask_rcnn.MaskRCNNPredictor(channels, channels, num_classes + 1))
+        self.rpn, self.roi_heads = parts.rpn, parts.roi_heads  # not its transform, which normalises and resizes again
+
+    def forward(self, images, targets=None):
+        """images: (B, 3, H, W), normalised. In training, with a dictionary for each image of "boxes" (n, 4), as left,
+        top, right, bottom in pixels, "labels" (n,) and "masks" (n, H, W), uint8, as targets, returns the loss, a
+        scalar; else such dictionaries, with "scores" (n,) and "masks" (n, 1, 28, 28), probabilities inside the boxes.
+        """
+        x = self.features(images).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+        maps = {str(i): level(x).float() for i, level in enumerate(self.pyramid)}
+        maps["pool"] = F.max_pool2d(maps["3"], 1, 2)  # stride 64, for the region proposals alone
+        sizes = [images.shape[2:]] * len(images)  # with their padding: RoIAlign keeps the scales of the first batch
+        with torch.autocast(images.device.type, enabled=False):  # boxes have the precision of the maps
+            proposals, losses = self.rpn(SimpleNamespace(tensors=images, image_sizes=sizes), maps, targets)
+            detections, more_losses = self.roi_heads(maps, proposals, sizes, targets)
+        return sum([*losses.values(), *more_losses.values()]) if self.training else detections
+
+
+class ARMSegmenter(ARMEncoder):
+    """UPerNet (Xiao et al., 2018) on maps of four depths, made a pyramid as in BEiT (Bao et al., 2022), with
+    mmsegmentation's auxiliary head in training. channels: of UPerHead.
+    """
+
+    def __init__(self, image_size=512, patch_size=16, dim=768, depth=12, num_classes=150, drop_path=0.0, channels=512):
+        super().__init__(image_size, patch_size, dim, depth, drop_path)
+        self.norm = nn.Identity()  # the maps are taken without it
+        self.taps = [depth * k // 4 for k in (1, 2, 3, 4)]  # counted from 1
+        self.pyramid = pyramid(dim, dim, dim, nn.BatchNorm2d)
+        self.head = UPerHead(dim, channels, num_classes)
+        auxiliary_head = conv_norm_relu(dim, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1)
+        self.auxiliary_head = nn.Sequential(*auxiliary_head)
+
+    def forward(self, images, labels=None):
+        """images: (B, 3, H, W), normalised. In training, with labels (B, H, W), of which 255 is none, returns the loss,
+        a scalar; else logits (B, num_classes, H, W).
+        """
+        maps = [without_cls(x).mT.unflatten(2, (self.grid, self.grid)) for x in self.tap(images, self.taps)]
+        maps = [level(x) for level, x in zip(self.pyramid, maps)]  # (B, D, rows, columns) of strides 4, 8, 16, 32
+        logits = resize_map(self.head(maps).float(), images.shape[2:])
+        if not self.training:
+            return logits
+        auxiliary = resize_map(self.auxiliary_head(maps[2]).float(), images.shape[2:])
+        # The mean is over all pixels, those without a label among them, as mmsegmentation has it.
+        loss, more = (F.cross_entropy(x, labels.long(), ignore_index=255, reduction="none").mean()
+                      for x in (logits, auxiliary))
+        return loss + 0.4 * more
+
+
+class UPerHead(nn.Module):
+    """Four maps of falling size, (B, dim, rows, columns) each -> logits (B, num_classes, ...) in the first one's."""
+
+    def __init__(self, dim, channels, num_classes):
+        super().__init__()
+        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(side), conv_norm_relu(dim, channels, 1))
+                                   for side in (1, 2, 3, 6))
+        self.top = conv_norm_relu(dim + 4 * channels, channels, 3)
+        self.laterals = nn.ModuleList(conv_norm_relu(dim, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(conv_norm_relu(channels, channels, 3) for _ in range(3))
+        self.fuse = conv_norm_relu(4 * channels, channels, 3)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
+
+    def forward(self, maps):
+        *maps, last = maps
+        pooled = [resize_map(pool(last), last.shape[2:]) for pool in self.pools]
+        x = self.top(torch.cat([last, *pooled], dim=1))  # (B, channels, rows, columns)
+        levels = [x]
+        for k in (2, 1, 0):
+            x = self.laterals[k](maps[k]) + resize_map(x, maps[k].shape[2:])
+            levels.insert(0, self.smooth[k](x))
+        levels = [resize_map(level, maps[0].shape[2:]) for level in levels]
+        return self.classify(self.fuse(torch.cat(levels, dim=1)))
+
+
+def conv_norm_relu(inputs, outputs, size):
+    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def resize_map(x, size):
+    return F.interpolate(x, size=size, mode="bilinear")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Weights: our own checkpoints and the authors' released ones
 
 RELEASED_NAMES = [  # (in the released checkpoints, here), regular expressions
@@ -555,6 +694,7 @@ RELEASED_DIRECTIONS = ["", "_b", "_c", "_c_b"]  # what the names of the four dir
 OF_DIRECTIONS = (".conv_weight", ".conv_bias", ".x_proj", ".dt_proj", ".dt_bias", ".A_log", ".D")  # of Mamba, (G, ...)
 WRAPPERS = r"(?<![^.])(module|model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # of other tools
 ENCODER = ("patch_embed.", "layers.", "pos_embed")  # what every checkpoint must bring; all else may start fresh
+HEADS = ("head.", "pyramid.", "rpn.", "roi_heads.", "auxiliary_head.")  # each is loaded as a whole or starts fresh
 FIXED = ("order", "orders", "mask", "decoder_pos_embed")  # buffers that are computed, not learned
 
 
@@ -600,8 +740,9 @@ def read_checkpoint(path_or_url):
         raise BadInput(f"to read {name}, install safetensors: pip install safetensors") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        check(not code, f"refused {name}: to read it, Python would have to call {code and code[1]}, and no file may "
-                        f"have code run; save tensors and plain values alone, such as the model's state_dict()")
+        if code:
+            raise BadInput(f"refused {name}: to read it, Python would have to call {code[1]}, and no file may have "
+                           f"code run; save tensors and plain values alone, such as the model's state_dict()") from None
         raise BadInput(f"{name} is not a checkpoint, or is damaged: torch.load cannot read it") from None
     check(isinstance(found, dict), f"{name} is not a checkpoint: it holds a {type(found).__name__}, not a dictionary")
     return found
@@ -638,10 +779,10 @@ def check_order(model, weights, path):
 
 
 def load_weights(model, path_or_url, ema=False):
-    """Load a checkpoint, ours or a released one, pretrained or finetuned, into an ARM or an ARMClassifier.
+    """Load a checkpoint, ours or a released one, pretrained or finetuned, into an ARM or a finetuning model.
 
     Renames the released names, copies a pretrained direction to all of the model's (section 3.3), resizes the position
-    code, and leaves the head fresh where the classes differ. `ema` takes the averaged weights of a finetuning
+    code, and leaves a head fresh where the file has none or another. `ema` takes the averaged weights of a finetuning
     checkpoint. Prints one line: what was loaded, what stayed fresh and what was ignored; returns the set of names that
     stayed fresh. Raises BadInput, in one sentence, where the file cannot be read safely, or its encoder or its order
     of the tokens is not this model's; the model is then unchanged.
@@ -661,20 +802,20 @@ def load_weights(model, path_or_url, ema=False):
     if "patch_embed.proj.weight" in found:
         found = from_released(found)
     own, parts = model.state_dict(), {name.split(".")[0] for name in found}
-    finetuned, classifier = "cls_token" in found, "cls_token" in own
+    from_finetuned, finetuning = "cls_token" in found, "cls_token" in own
     check_order(model, found, path_or_url)
-    if classifier and "pos_embed" in found and found["pos_embed"].ndim == 3:
+    if finetuning and "pos_embed" in found and found["pos_embed"].ndim == 3:
         found["pos_embed"] = resize_position(found["pos_embed"], model.grid, cls=True)
     loaded, fresh = {}, set()
     for name, tensor in own.items():
         there = found.get(name)
-        if there is not None and name.endswith(OF_DIRECTIONS) and not (finetuned and classifier):
+        if there is not None and name.endswith(OF_DIRECTIONS) and not (from_finetuned and finetuning):
             there = there[:1].expand(len(tensor), *there.shape[1:])
         if there is not None and there.shape == tensor.shape:
             loaded[name] = there
-        elif name in FIXED or name == "pos_embed" and not classifier:
+        elif name in FIXED or name == "pos_embed" and not finetuning:
             loaded[name] = tensor
-        elif name.startswith("head.") or name.split(".")[0] not in parts and not name.startswith(ENCODER):
+        elif name.startswith(HEADS) or name.split(".")[0] not in parts and not name.startswith(ENCODER):
             fresh.add(name.split(".")[0])
         else:
             check(there is not None, f"{misfit}: it has no {name}, here {tuple(tensor.shape)}")
@@ -682,8 +823,7 @@ def load_weights(model, path_or_url, ema=False):
     ignored = found.keys() - own.keys()
     deeper = min((name for name in ignored if name.startswith("layers.")), default=None)
     check(not deeper, f"{misfit}: it has {deeper}, and this model does not")
-    if "head" in fresh:
-        loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith("head.")}
+    loaded = {name: tensor for name, tensor in loaded.items() if name.split(".")[0] not in fresh}
     model.load_state_dict(loaded, strict=False)
     print(f"Loaded {len(loaded)} of {len(own)} tensors from {path_or_url} ({part}); "
           f"fresh: {', '.join(sorted(fresh)) or 'none'}; "

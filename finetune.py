@@ -1,16 +1,23 @@
-"""Finetune a pretrained ARM for recognition, in four scan directions; or train the same model from scratch; or evaluate
-it (section 3.3; recipe: appendix of the ARM paper).
+"""Finetune a pretrained ARM, in four scan directions, for recognition, object detection or segmentation; or train the
+same model from scratch; or evaluate it (section 3.3; recipe for recognition: appendix of the ARM paper).
 
     torchrun --standalone --nproc_per_node 1 finetune.py                                             # demonstration
     torchrun --nproc_per_node 8 finetune.py --data /data/imagenet --init runs/pretrain/last.pth      # the paper's ARM-B
     torchrun --nproc_per_node 8 finetune.py --data /data/imagenet --eval runs/finetune/best.pth
+    torchrun --nproc_per_node 8 finetune.py --task detect --data /data/coco --init runs/pretrain/last.pth
+    torchrun --nproc_per_node 8 finetune.py --task segment --data /data/ade20k --init runs/pretrain/last.pth
 
---data holds train/CLASS/* and val/CLASS/*. The defaults are the paper's recipe. A run goes to --out (last.pth,
-best.pth, log.jsonl); the same command continues it. Model and weight average (EMA) are evaluated after each epoch.
+--data holds train/CLASS/* and val/CLASS/*; or COCO's train2017/, val2017/ and annotations/; or ADE20K's images/ and
+annotations/. The defaults are the paper's recipe, for recognition. A run goes to --out (last.pth, best.pth, log.jsonl;
+predictions.png of the other tasks); the same command continues it. Model and weight average (EMA) are evaluated after
+each epoch. Each task has a chapter below; none needs the others.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
+import io
 import json
 import math
 import os
@@ -18,16 +25,28 @@ import re
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision import tv_tensors
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 from tqdm import tqdm
 
-from arm import MODELS, ARMClassifier, BadInput, check, load_weights, read_checkpoint
+try:
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:  # --task detect alone needs it
+    COCO = None
+
+from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, check, load_weights, read_checkpoint
 from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Images, Run, add_machine_flags,
                       end_with_a_sentence, from_first_process, gather, learning_rate, list_images, load, mean_and_std,
                       normalize, optimizer_step, parameter_groups, parse_args, prepare, process, seed_of, shuffled,
@@ -36,17 +55,28 @@ from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Ima
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
     "arm_huge": dict(layer_decay=0.75, drop_path=0.3),
-    "demo": dict(model="arm_tiny", image_size=48, patch_size=8, epochs=16, warmup_epochs=1, batch_size=16, blr=1.6e-2,
+    "demo": dict(model="arm_tiny", image_size=48, patch_size=8, epochs=16, warmup_epochs=1, batch_size=16, blr=1.6e-2, eval_every=4,
                  layer_decay=0.85, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0, augment=0.0,
                  crop_scale=0.6, workers=0, compile=0, drawings=160, out="runs/demo_finetune"),
 }
+TASKS = {  # where those of the other tasks differ, of which the paper gives none: this project's choice
+    "classify": {},
+    # ViTDet's rate for 64 images, in the 36 epochs of Swin Transformer's Mask R-CNN; warm-up: 250 steps of COCO
+    "detect": dict(image_size=1024, epochs=36, warmup_epochs=0.14, batch_size=64, blr=4e-4, schedule="steps",
+                   layer_decay=0.7, weight_decay=0.1, ema_decay=0.0, eval_every=4, out="runs/detect"),
+    # BEiT's and Swin Transformer's UPerNet: 160,000 steps of 16 images of ADE20K, 1,500 of them warm-up
+    "segment": dict(image_size=512, epochs=127, warmup_epochs=1.2, batch_size=16, blr=9.6e-4, schedule="line",
+                    min_lr=0.0, layer_decay=0.9, ema_decay=0.0, eval_every=10, out="runs/segment"),
+}
+DETECTION = {"arm_large": dict(layer_decay=0.8, drop_path=0.4), "arm_huge": dict(layer_decay=0.9, drop_path=0.5)}
 
 
 def get_args(**evaluated):
     """The arguments. Those of the checkpoint to evaluate, if any, are then defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     flag = parser.add_argument
-    flag("--data", help="train/CLASS/* and val/CLASS/*. Without it, the demonstration")
+    flag("--task", choices=TASKS, default="classify", help="classes of images, Mask R-CNN, or UPerNet")
+    flag("--data", help="the folder of images and their classes or annotations. Without it, the demonstration")
     flag("--init", help="pretrained weights, a file or URL; without it, or with none, from scratch; the demonstration "
          "looks for its own pretraining first")
     flag("--eval", help="evaluate these weights, a file or URL, on val/, or on class folders in --data, and stop")
@@ -66,11 +96,13 @@ def get_args(**evaluated):
     flag("--batch_size", type=int, default=1024, help="of all processes together")
     flag("--blr", type=float, default=5e-4, help="peak learning rate for a batch of 256")
     flag("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    flag("--schedule", choices=["cosine", "line", "steps"], default="cosine", help="how the learning rate falls")
     flag("--layer_decay", type=float, default=0.65, help="of the learning rate, from layer to layer; 0: a linear probe")
     flag("--weight_decay", type=float, default=0.05, help="of matrices")
     flag("--ema_decay", type=float, default=0.99992, help="of the average of the weights; 0: no average")
+    flag("--eval_every", type=int, default=1, help="epochs between evaluations")
     flag("--seed", type=int, default=0, help="of all random choices")
-    # Regularisation
+    # Regularisation: stochastic depth, and what is for classes alone
     flag("--drop_path", type=float, default=0.1, help="rate that stochastic depth rises to")
     flag("--smoothing", type=float, default=0.1, help="of the labels")
     flag("--mixup", type=float, default=0.8, help="alpha; 0 for none")
@@ -78,11 +110,23 @@ def get_args(**evaluated):
     flag("--crop_scale", type=float, default=0.08, help="smallest share of an image that a crop shows")
     flag("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     flag("--erasing", type=float, default=0.25, help="probability of random erasing")
-    flag("--drawings", type=int, default=1, help="images of the demonstration")
+    flag("--drawings", type=int, default=1, help="images of the demonstration, which has 160")
     add_machine_flags(parser)
     parser.set_defaults(**evaluated)
-    args = parse_args(parser, {**RECIPES, "demo": {**RECIPES["demo"], **evaluated}})
+    given, _ = parser.parse_known_args()
+    if given.task != "classify":
+        check(given.data, f"--task {given.task} needs --data: the demonstration is of classes")
+        check(not (given.predict or given.classes or given.real_labels), "--predict, --classes and --real_labels are "
+                                                                         "for --task classify")
+        check(given.task == "segment" or COCO, "--task detect needs pycocotools: pip install pycocotools")
+    parser.set_defaults(**{**TASKS[given.task], **evaluated})
+    recipes = {"classify": {**RECIPES, "demo": {**RECIPES["demo"], **evaluated}}, "detect": DETECTION, "segment": {}}
+    args = parse_args(parser, recipes[given.task])
+    together = args.batch_size // args.accum_steps // (1 if args.device == "cuda" else process()[1])
+    check(args.task != "segment" or args.eval or together > 1, "--task segment has batch norm, which needs two images "
+          "or more at a time: choose a larger --batch_size or a smaller --accum_steps")
     check(args.data or not args.predict, "--predict needs --data, an image or a folder of images")
+    check(not (args.eval and args.predict), "--eval and --predict are two things: give one")
     for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
         check(getattr(args, name) <= 1, f"--{name} is from 0 to 1, not {getattr(args, name)}")
     peak = args.blr * args.batch_size / 256
@@ -98,22 +142,18 @@ def main():
         return evaluate_checkpoint(args.eval or args.predict, device)
 
     # Data
-    if args.data:
-        classes, *names = from_first_process(lambda: find_images(args.data))
-        index = {name: i for i, name in enumerate(classes)}
-        train, val = (ImageFiles(os.path.join(args.data, part), part_names, labels_of(part_names, index))
-                      for part, part_names in zip(("train", "val"), names))
+    if args.task != "classify":
+        train_set, val_set = (dense_images(args, evaluate) for evaluate in (False, True))
+        train, val, classes = train_set.source, val_set.source, val_set.source.classes
+        check(train.classes == classes, f"in {args.data} the classes to train on are not those to evaluate on")
     else:
-        train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(500, args.image_size, seed=2)
-        classes = train.classes
-    check(len(classes) > 1, f"{args.data}/train has one class alone, {classes[0]}: there is nothing to tell apart")
-    train_set = Images(train, train_transform(args), args.seed)
-    val_set = Images(val, eval_transform(args.image_size), replace=False)
+        train, val, classes = read_classes_of_images(args)
+        train_set = Images(train, train_transform(args), args.seed)
+        val_set = Images(val, eval_transform(args.image_size), replace=False)
 
     # Model
     torch.manual_seed(args.seed)
-    model = ARMClassifier(args.image_size, args.patch_size, **MODELS[args.model], num_classes=len(classes),
-                          drop_path=args.drop_path, pool=args.pool, directions=args.directions).to(device)
+    model = make_model(args, len(classes)).to(device)
     if not args.data and not args.init and os.path.exists("runs/demo_pretrain/last.pth"):
         args.init = "runs/demo_pretrain/last.pth"
     args.init = args.init or "none"
@@ -124,16 +164,21 @@ def main():
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(group["lr_scale"] > 0)
+    if device.type == "cuda" and process()[1] > 1:  # it has no CPU version
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     prepare(model, args)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
-    ema.update_parameters(model)  # the first call copies: the average starts from the initial weights
-    prepare(ema.module, args)
-    best = dict(top1=-1.0)
+    ema = None
+    if args.ema_decay:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+        ema.update_parameters(model)  # the first call copies: the average starts from the initial weights
+        prepare(ema.module, args)
+    best = {}
     if run.checkpoint:
         model.load_state_dict(run.checkpoint["model"])
-        ema.module.load_state_dict(run.checkpoint["model_ema"])
+        if ema:
+            ema.module.load_state_dict(run.checkpoint["model_ema"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
         best = run.checkpoint["best"]
     run.start(f"{args.model} from {'scratch' if args.init == 'none' else args.init}, "
@@ -150,44 +195,91 @@ def main():
     mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(classes)) for kind, alpha in mixes if alpha]
                           or [v2.Identity()])
     while run.step < steps:
-        lr = learning_rate(run.step / run.steps_per_epoch, args, args.min_lr)
-        torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of mixing and stochastic depth
+        lr = learning_rate(run.step / run.steps_per_epoch, args, args.min_lr, args.schedule)
+        torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of mixing, stochastic depth and all in heads
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accum_steps):
-            images, labels, unreadable = next(batches)
-            images, targets = mix(normalize(images, device), labels.to(device, non_blocking=True))
+            images, targets, unreadable = next(batches)
+            images = normalize(images, device)
+            if args.task == "detect":
+                targets = [{name: t.to(device, non_blocking=True) for name, t in one.items()} for one in targets]
+            else:
+                targets = targets.to(device, non_blocking=True)
             ddp.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP adds gradients up in the last
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = ddp(images)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing) / args.accum_steps
+                if args.task == "classify":  # its targets are mixed and smoothed: training's choice, not the model's
+                    images, targets = mix(images, targets)
+                    loss = F.cross_entropy(ddp(images).float(), targets, label_smoothing=args.smoothing)
+                else:
+                    loss = ddp(images, targets)
+            loss = loss / args.accum_steps
             loss.backward()
             step_loss += loss.detach()
             run.unreadable += unreadable[unreadable >= 0].tolist()
         optimizer_step(ddp, optimizer, lr, step_loss)
-        ema.update_parameters(model)
+        if ema:
+            ema.update_parameters(model)
 
         if run.after_step(step_loss, lr):
-            if run.epoch_ended:
-                results, left_out = evaluate(model, val_set, torch.eye(len(classes)).bool(), args, device)
-                ema_results, _ = evaluate(ema.module, val_set, torch.eye(len(classes)).bool(), args, device)
+            if run.epoch_ended and (run.epoch % args.eval_every == 0 or run.step == steps):
+                results, left_out = evaluate_task(model, val_set, args, device)
+                ema_results, _ = evaluate_task(ema.module, val_set, args, device) if ema else ({}, None)
                 run.log_epoch(lr=lr, **results, **{f"ema_{name}": value for name, value in ema_results.items()},
                               unreadable_val=[val.name(i) for i in left_out])
+                metric = [*results][0]
                 for name, found in (("the weights", results), ("their average", ema_results)):
-                    if found["top1"] > best["top1"]:
-                        best = dict(top1=found["top1"], of=name, epoch=run.epoch)
+                    if found and found[metric] > best.get(metric, -1):
+                        best = {metric: found[metric], "of": name, "epoch": run.epoch}
+                if run.first and args.task != "classify":
+                    save = save_objects if args.task == "detect" else save_segments
+                    save(os.path.join(args.out, "predictions.png"), model, val_set, device)
+            elif run.epoch_ended:
+                run.log_epoch(lr=lr)
             if run.epoch_ended or run.save_due:
-                weights = dict(model=model.state_dict(), model_ema=ema.module.state_dict(), best=best)
+                average = dict(model_ema=ema.module.state_dict()) if ema else {}
+                weights = dict(model=model.state_dict(), **average, best=best)
                 if run.epoch_ended and best.get("epoch") == run.epoch:
                     run.save("best.pth", **weights)
                 run.save(**weights, optimizer=optimizer.state_dict())
             run.stop_if_interrupted()
-    run.end(f"The best top-1 accuracy was {best['top1']:.2f}% (chance: {100 / len(classes):.3g}%), of "
-            f"{best['of']} after epoch {best['epoch']}: {args.out}/best.pth; every epoch's results in "
-            f"{args.out}/log.jsonl.")
+    metric, chance = "top-1 accuracy", f" (chance: {100 / len(classes):.3g}%)"
+    if args.task != "classify":
+        metric, chance = [*best][0], ""
+    run.end(f"The best {metric} was {[*best.values()][0]:.2f}%{chance}, of {best['of']} after epoch "
+            f"{best['epoch']}: {args.out}/best.pth; every epoch's results in {args.out}/log.jsonl.")
+
+
+def make_model(args, num_classes):
+    kind = dict(classify=ARMClassifier, detect=ARMDetector, segment=ARMSegmenter)[args.task]
+    pool = dict(pool=args.pool, directions=args.directions) if args.task == "classify" else {}
+    return kind(args.image_size, args.patch_size, **MODELS[args.model], num_classes=num_classes,
+                drop_path=args.drop_path, **pool)
+
+
+def dense_images(args, evaluate):
+    """The images to detect or segment, to train on or to evaluate on, with their targets, as Images."""
+    if args.task == "detect":
+        source = from_first_process(lambda: CocoFiles(args.data, "val2017" if evaluate else "train2017"))
+        transform = functools.partial(pad_to_square if evaluate else jitter_objects, args.image_size)
+    else:
+        source = from_first_process(lambda: SceneFiles(args.data, "validation" if evaluate else "training"))
+        transform = segmentation_augment(args.image_size)
+        if evaluate:
+            transform = functools.partial(resize_image, args.image_size)
+    return Images(source, transform, args.seed, replace=not evaluate)
+
+
+def evaluate_task(model, dataset, args, device):
+    """The task's results, a dictionary, and the indices of images that could not be decoded and so were left out."""
+    if args.task == "detect":
+        return evaluate_detector(model, dataset, args, device)
+    if args.task == "segment":
+        return evaluate_segmenter(model, dataset, args, device)
+    return evaluate(model, dataset, torch.eye(model.head.out_features).bool(), args, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation; the first function and the last ones are for classes
 
 
 @torch.no_grad()
@@ -218,11 +310,12 @@ def evaluate(model, dataset, right, args, device, among=None):
     return dict(top1=100 * top1 / max(count, 1), **top5, val_loss=loss / max(count, 1)), sorted(gather(left_out))
 
 
-def evaluation_batches(dataset, args, device):
-    """This process's share of a data set: its keys and its images, batch by batch."""
+def evaluation_batches(dataset, args, device, size=None):
+    """This process's share of a data set: its keys and its images, batch by batch, `size` images in each."""
     rank, processes = process()
     mine = [(0, i) for i in range(rank, len(dataset), processes)]
-    size = max(64, args.batch_size // (processes * args.accum_steps))  # without gradients these fit, and fewer are slow
+    # Without gradients so many images of one object fit, and fewer are slow.
+    size = size or max(64, args.batch_size // (processes * args.accum_steps))
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     return zip(batches, tqdm(load(dataset, batches, args.workers, device), "evaluating", len(batches), leave=False,
                              disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10))
@@ -234,9 +327,12 @@ def evaluate_checkpoint(path, device):
     """
     made = from_first_process(lambda: describe(path))
     args = get_args(**made["sizes"])
-    model = ARMClassifier(args.image_size, args.patch_size, **MODELS[args.model], num_classes=made["num_classes"],
-                          pool=args.pool, directions=args.directions).to(device)
+    its_task = made["sizes"].get("task", "classify")
+    check(args.task == its_task, f"{path} was finetuned to {its_task}, not to {args.task}: give --task {its_task}")
+    model = make_model(args, made["num_classes"]).to(device)
     prepare(model, args)
+    if args.task != "classify":
+        return evaluate_dense_checkpoint(path, model, made["classes"], args, device)
     classes = from_first_process(lambda: read_classes(args.classes)) if args.classes else made["classes"]
     check(classes is None or len(classes) == made["num_classes"], f"{args.classes} names {len(classes or [])} classes, "
                                                                   f"and {path} has {made['num_classes']}")
@@ -259,9 +355,22 @@ def evaluate_checkpoint(path, device):
             print(f"Cannot decode {source.name(i)}: it is left out.")
 
 
+def evaluate_dense_checkpoint(path, model, classes, args, device):
+    """Print all results of a checkpoint that detects or segments."""
+    dataset = dense_images(args, evaluate=True)
+    check(dataset.source.classes == classes, f"{path} was finetuned on other classes than those of {args.data}")
+    load_everywhere(model, path, ema=False)
+    results, left_out = evaluate_task(model, dataset, args, device)
+    if process()[0] == 0:
+        print(f"{json.dumps(results)} over {len(dataset) - len(left_out):,} images")
+        for i in left_out:
+            print(f"Cannot decode {dataset.source.name(i)}: it is left out.")
+
+
 def load_everywhere(model, path, ema):
     """load_weights on the first process, from which the others receive them."""
-    check("head" not in from_first_process(lambda: load_weights(model, path, ema)), f"{path} has no classifier")
+    fresh = from_first_process(lambda: load_weights(model, path, ema))
+    check(not fresh & {"head", "roi_heads"}, f"{path} has no classifier")
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, src=0)
 
@@ -272,11 +381,13 @@ def describe(path):
     """
     found = read_checkpoint(path)
     made, weights = found.get("args"), found.get("model", found)
-    head = next((v for k, v in weights.items() if str(k).endswith("head.weight")), None)
-    check(head is not None, f"{path} has no classifier: --eval and --predict take what finetuning has made")
     known = isinstance(made, dict) and made.get("model") in MODELS
-    names = ("model", "image_size", "patch_size", "pool", "directions")
+    names = ("task", "model", "image_size", "patch_size", "pool", "directions")
     sizes = {name: made[name] for name in names if known and name in made}
+    head = next((v for k, v in weights.items() if str(k).endswith("head.weight")), None)
+    if sizes.get("task", "classify") != "classify":
+        head = found["classes"]  # the heads of the other tasks are of the classes that ours name
+    check(head is not None, f"{path} has no classifier: --eval and --predict take what finetuning has made")
     return dict(sizes=sizes, classes=found.get("classes"), num_classes=len(head), has_ema="model_ema" in found,
                 best_is_ema="model_ema" in found and found.get("best", {}).get("of") == "their average")
 
@@ -385,10 +496,23 @@ def predict(model, classes, args, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Images, and their augmentation
+# Classes: images, and their augmentation
 
 
-def find_images(folder, evaluate_only=False):
+def read_classes_of_images(args):
+    """The sources to train on and to evaluate on, and the names of the classes; or the demonstration's."""
+    if not args.data:
+        train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(500, args.image_size, seed=2)
+        return train, val, train.classes
+    classes, *names = from_first_process(lambda: find_images(args.data))
+    check(len(classes) > 1, f"{args.data}/train has one class alone, {classes[0]}: there is nothing to tell apart")
+    index = {name: i for i, name in enumerate(classes)}
+    train, val = (ImageFiles(os.path.join(args.data, part), part_names, labels_of(part_names, index))
+                  for part, part_names in zip(("train", "val"), names))
+    return train, val, classes
+
+
+def find_images(folder):
     """The classes and the image names of train/ and val/ below a folder: (classes, train names, val names). Classes are
     the folders of train/. Raises BadInput where a folder is missing or empty, or val/ has a class that train/ has not.
     """
@@ -508,6 +632,280 @@ class RandomErasing(v2.RandomErasing):
             noise = torch.randn(3, params["h"], params["w"]) * std + mean
             params["v"] = (noise * 255).round().clamp(0, 255).byte()
         return params
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Detection: Mask R-CNN on COCO
+
+
+class CocoFiles(ImageFiles):
+    """COCO's images as (uint8 image, target), target["labels"]: n numbers, k for classes[k - 1]; target["masks"]:
+    (n, H, W). train2017: no crowds, and no images without other objects; val2017: all images, without targets, which
+    pycocotools reads. Objects are held as JSON in one array of bytes, for the reason that names are. Raises BadInput
+    where annotations cannot be read, or an image is missing.
+    """
+
+    blank = dict(labels=[], masks=tv_tensors.Mask(torch.zeros(0, 1, 1, dtype=torch.uint8)))
+
+    def __init__(self, folder, part):
+        self.annotations, folder = f"{folder}/annotations/instances_{part}.json", os.path.join(folder, part)
+        try:
+            present = set(os.listdir(folder))
+            with open(self.annotations) as file:
+                found = json.load(file)
+            categories = dict(sorted((one["id"], one["name"]) for one in found["categories"]))
+            self.categories, self.classes = [*categories], [*categories.values()]  # the ids have gaps
+            objects = {image["id"]: [] for image in found["images"]}
+            for one in found["annotations"]:
+                if not one["iscrowd"]:
+                    label = self.categories.index(one["category_id"]) + 1
+                    objects[one["image_id"]].append((label, one["segmentation"]))
+            self.train = part == "train2017"
+            images = [image for image in found["images"] if objects[image["id"]] or not self.train]
+            names, self.ids = [image["file_name"] for image in images], [image["id"] for image in images]
+            texts = [json.dumps(objects[image["id"]]).encode() for image in images]
+        except OSError as error:
+            raise BadInput(f"cannot read {error.filename}, {error.strerror}: --task detect takes COCO's folder of "
+                           f"train2017/, val2017/ and annotations/") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{self.annotations} is not COCO's JSON of instances: {error!r}") from None
+        missing = min({*names} - present, default=None)
+        check(not missing, f"{folder} has no {missing}, which {self.annotations} names")
+        check(any(objects.values()), f"{self.annotations} names no objects")
+        super().__init__(folder, names)
+        self.objects, self.ends = np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)])
+
+    def __getitem__(self, i):
+        image, _ = super().__getitem__(i)
+        if not self.train:
+            return image, {}
+        labels, shapes = zip(*json.loads(self.objects[self.ends[i] : self.ends[i + 1]].tobytes()))
+        masks = torch.stack([decode_mask(shape, *image.shape[1:]) for shape in shapes])
+        return image, dict(labels=[*labels], masks=tv_tensors.Mask(masks))
+
+
+def decode_mask(shape, height, width):
+    """COCO's polygons or run lengths -> the mask (H, W), uint8."""
+    if isinstance(shape, list):
+        shape = rle.merge(rle.frPyObjects(shape, height, width))
+    elif isinstance(shape["counts"], list):
+        shape = rle.frPyObjects(shape, height, width)
+    check(tuple(shape["size"]) == (height, width), "the mask has another size than the image")
+    return torch.from_numpy(rle.decode(shape))
+
+
+def jitter_objects(size, image, target):
+    """Large-scale jitter (Ghiasi et al., 2021): resize by 0.1 to 2, crop or pad to a square of `size`, flip. Boxes are
+    those of the masks; objects of which nothing is left are dropped. Returns what ARMDetector takes.
+    """
+    crop = v2.RandomCrop(size, pad_if_needed=True, fill={torch.Tensor: GREY, tv_tensors.Mask: 0})
+    jitter = v2.Compose([v2.ScaleJitter((size, size), (0.1, 2.0)), crop, v2.RandomHorizontalFlip(), v2.ToPureTensor()])
+    image, target = jitter(image, target)
+    seen = target["masks"].flatten(1).bool().any(dim=1)
+    masks, labels = target["masks"][seen], torch.tensor(target["labels"], dtype=torch.int64)[seen]
+    boxes = masks_to_boxes(masks)
+    boxes[:, 2:] += 1  # to the far side of the last pixel
+    return image, dict(boxes=boxes, labels=labels, masks=masks)
+
+
+def pad_to_square(size, image, _):
+    """An image whose longer side becomes `size`, padded below and on the right; and its own size, and what boxes are to
+    be multiplied by for it.
+    """
+    resized = v2.functional.resize(image, None, max_size=size)
+    (height, width), own = resized.shape[1:], image.shape[1:]
+    square = v2.functional.pad(resized, [0, 0, size - width, size - height], fill=GREY)
+    return square, dict(size=own, scale=[own[1] / width, own[0] / height] * 2)
+
+
+@torch.no_grad()
+def evaluate_detector(model, dataset, args, device):
+    """COCO's numbers (average_precision) over all images on any number of processes. Those that cannot be decoded are
+    left out. Returns (results, indices left out).
+    """
+    found, left_out, source = [], [], dataset.source
+    model.eval()
+    size = min(8, args.batch_size // (process()[1] * args.accum_steps)) or 1
+    for keys, (images, targets, unreadable) in evaluation_batches(dataset, args, device, size):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            detections = model(normalize(images, device))
+        for (_, i), bad, target, one in zip(keys, unreadable.tolist(), targets, detections):
+            if bad >= 0:
+                left_out.append(i)
+                continue
+            boxes = one["boxes"] * one["boxes"].new_tensor(target["scale"])
+            boxes = clip_boxes_to_image(boxes, target["size"])
+            masks = paste_masks_in_image(one["masks"], boxes, target["size"])[:, 0] > 0.5  # (n, H, W)
+            masks = rle.encode(np.asfortranarray(masks.byte().permute(1, 2, 0).cpu().numpy()))
+            boxes[:, 2:] -= boxes[:, :2]  # to left, top, width, height
+            for label, score, box, mask in zip(one["labels"].tolist(), one["scores"].tolist(), boxes.tolist(), masks):
+                found.append(json.dumps(dict(
+                    image_id=source.ids[i], category_id=source.categories[label - 1], score=score, bbox=box,
+                    segmentation=dict(mask, counts=mask["counts"].decode()))))
+    model.train()
+    found, left_out = sorted(gather(found)), sorted(gather(left_out))  # in one order, whichever process found them
+    return from_first_process(lambda: average_precision(source, found, left_out)), left_out
+
+
+def average_precision(source, found, left_out):
+    """COCO's AP of boxes and masks and, under "box" and "mask", its twelve numbers, in percent; -1: there are no such
+    objects. found: detections in COCO's format, as JSON; left_out: indices of images.
+    """
+    results = {}
+    names = "AP AP50 AP75 AP_small AP_medium AP_large AR1 AR10 AR100 AR_small AR_medium AR_large".split()
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
+        truth = COCO(source.annotations)
+        for name, kind, other in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
+            rows = [json.loads(one) for one in found]
+            for row in rows:
+                del row[other]  # small and large are then by the area of this shape
+            scores = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), kind)
+            scores.params.imgIds = [image for i, image in enumerate(source.ids) if i not in left_out]
+            scores.evaluate()
+            scores.accumulate()
+            scores.summarize()
+            results[name] = {n: round(100 * v, 3) if v >= 0 else -1.0 for n, v in zip(names, scores.stats.tolist())}
+    return dict(box_AP=results["box"]["AP"], mask_AP=results["mask"]["AP"], **results)
+
+
+@torch.no_grad()
+def save_objects(path, model, dataset, device):
+    """Write a PNG of eight validation images with the objects found in them, those with a score of at least 0.5."""
+    pictures = []
+    model.eval()
+    for i in range(0, len(dataset), math.ceil(len(dataset) / 8)):
+        image, _, _ = dataset[0, i]  # (3, S, S)
+        found = model(normalize(image[None], device))[0]
+        found = {name: values[found["scores"] >= 0.5].cpu() for name, values in found.items()}
+        boxes, labels, scores = found["boxes"], found["labels"].tolist(), found["scores"].tolist()
+        if labels:
+            masks = paste_masks_in_image(found["masks"], boxes, image.shape[1:])[:, 0] > 0.5  # (n, S, S)
+            names = [f"{dataset.source.classes[k - 1]} {score:.0%}" for k, score in zip(labels, scores)]
+            image = draw_bounding_boxes(draw_segmentation_masks(image, masks, alpha=0.5), boxes, names)
+        pictures.append(image / 255)
+    model.train()
+    save_image(pictures, path, nrow=4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Segmentation: UPerNet on ADE20K
+
+
+class SceneFiles(ImageFiles):
+    """ADE20K's images of a part, training or validation, as (uint8 image, labels (H, W), uint8). In its files 0 is no
+    class and 1 to 150 are classes; here 255 is none and classes are 0 to 149. Raises BadInput where files are missing.
+    """
+
+    blank = tv_tensors.Mask(torch.full((1, 1), 255, dtype=torch.uint8))
+    classes = [str(k) for k in range(1, 151)]
+
+    def __init__(self, folder, part):
+        images, self.annotations = (os.path.join(folder, kind, part) for kind in ("images", "annotations"))
+        super().__init__(images, list_images(images))
+        missing = next((path for path in map(self.label_path, range(len(self))) if not os.path.exists(path)), None)
+        check(not missing, f"there is no {missing}: --task segment takes a folder with ADE20K's images/ and "
+                           f"annotations/, a PNG of labels for each image")
+
+    def label_path(self, i):
+        return os.path.join(self.annotations, os.path.splitext(self.name(i))[0] + ".png")
+
+    def __getitem__(self, i):
+        image, _ = super().__getitem__(i)
+        with Image.open(self.label_path(i)) as file:  # with a palette or without
+            labels = v2.functional.pil_to_tensor(file)[0] - 1  # (H, W), of bytes: 0 becomes 255
+        check(labels.shape == image.shape[1:], "the labels have another size than the image")
+        check(((labels < 150) | (labels == 255)).all(), "there are labels above 150")
+        return image, tv_tensors.Mask(labels)
+
+
+def segmentation_augment(size):
+    """The shorter side resized to 0.5 to 2 times `size`, a crop, padded where it is smaller, flip, and colours changed:
+    first here, before there is padding; contrast comes last or second. As mmsegmentation, but brightness multiplied.
+    """
+    colors = [v2.RandomApply([v2.ColorJitter(**{name: most})], p=0.5)
+              for name, most in dict(brightness=0.25, saturation=0.5, hue=0.1, contrast=0.5).items()]
+    colors = v2.RandomChoice([v2.Compose(colors), v2.Compose([colors[k] for k in (0, 3, 1, 2)])])
+    resize = v2.RandomChoice([v2.Resize(side, max_size=4 * side) for side in range(size // 2, 2 * size + 1)])
+    crop = RandomLabelCrop(size, pad_if_needed=True, fill={torch.Tensor: GREY, tv_tensors.Mask: 255})
+    return v2.Compose([colors, resize, crop, v2.RandomHorizontalFlip(), v2.ToPureTensor()])
+
+
+class RandomLabelCrop(v2.RandomCrop):
+    """A crop that is drawn again, up to ten times, where one class has over 75% of its labelled pixels."""
+
+    def make_params(self, flat_inputs):
+        for _ in range(10):
+            params = super().make_params(flat_inputs)
+            counts = self.transform(flat_inputs[1], params).flatten().bincount(minlength=256)[:255]
+            if counts.max() <= 0.75 * counts.sum():
+                break
+        return params
+
+
+def resize_image(size, image, labels):
+    """An image whose shorter side becomes `size`, or its longer side four times that; the labels as they are."""
+    return v2.functional.resize(image, size, max_size=4 * size), labels
+
+
+@torch.no_grad()
+def evaluate_segmenter(model, dataset, args, device):
+    """Mean intersection over union and the share of labelled pixels that are right, in percent, from all images
+    together on any number of processes; classes that occur in neither labels nor predictions do not count. Images that
+    cannot be decoded are left out. Returns (results, indices left out).
+    """
+    n, left_out = len(dataset.source.classes), []
+    confusion = torch.zeros(n * n, dtype=torch.int64, device=device)  # (labels, predictions)
+    for buffer in model.buffers():  # on CPUs, each process's batch norm has statistics of its own
+        dist.broadcast(buffer, src=0)
+    model.eval()
+    for _, (images, labels, unreadable) in evaluation_batches(dataset, args, device, size=1):
+        if unreadable.item() >= 0:
+            left_out.append(unreadable.item())
+            continue
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = slide(model, normalize(images, device), args.image_size)
+        labels = labels.to(device)  # (1, H, W)
+        predicted = F.interpolate(logits, size=labels.shape[1:], mode="bilinear").argmax(dim=1)
+        known = labels < n
+        confusion += torch.bincount(labels[known].long() * n + predicted[known], minlength=n * n)
+    model.train()
+    dist.all_reduce(confusion)
+    confusion = confusion.view(n, n).double()
+    both, labelled = confusion.diag(), confusion.sum(dim=1)
+    iou = both / (labelled + confusion.sum(dim=0) - both)
+    results = dict(miou=100 * iou.nanmean(), pixel_accuracy=100 * both.sum() / labelled.sum())
+    return {name: value.item() for name, value in results.items()}, sorted(gather(left_out))
+
+
+def slide(model, images, size):
+    """Logits of images (1, 3, H, W) of any size: means of those of windows of `size`, which overlap by a third."""
+    height, width = images.shape[2:]
+    images = F.pad(images, (0, max(size - width, 0), 0, max(size - height, 0)))
+    tops, lefts = ([*range(0, side - size, size * 2 // 3), side - size] for side in images.shape[2:])
+    places = [(..., slice(top, top + size), slice(left, left + size)) for top in tops for left in lefts]
+    windows = model(torch.cat([images[place] for place in places]))  # (windows, classes, size, size)
+    logits, count = images.new_zeros(1, windows.shape[1], *images.shape[2:]), torch.zeros_like(images[:, :1])
+    for place, window in zip(places, windows):
+        logits[place] += window
+        count[place] += 1
+    return (logits / count)[..., :height, :width]
+
+
+@torch.no_grad()
+def save_segments(path, model, dataset, device):
+    """Write a PNG of the middles of eight validation images: image, prediction and labels side by side."""
+    size, pictures = model.patch_embed.image_size, []
+    colors = torch.rand(256, 3, generator=torch.Generator().manual_seed(0)).index_fill(0, torch.tensor(255), 0)
+    model.eval()
+    for i in range(0, len(dataset), math.ceil(len(dataset) / 8)):
+        image, labels, unreadable = dataset[0, i]
+        if unreadable < 0:
+            labels = v2.functional.resize(tv_tensors.Mask(labels[None]), image.shape[1:])
+            image, labels = (v2.functional.center_crop(t, size) for t in (image, labels))
+            predicted = model(normalize(image[None], device)).argmax(dim=1).cpu()  # (1, size, size)
+            pictures += [image / 255, *(colors[t[0].long()].movedim(2, 0) for t in (predicted, labels))]
+    model.train()
+    save_image(pictures, path, nrow=6)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 pretrain.py --data /data/imagenet --model arm_large
 
 The defaults are the paper's recipe. A run goes to --out (last.pth, log.jsonl, predictions.png); the same command
-continues it. Every random choice is a function of seed, epoch and sample alone: neither the number of processes or
-workers nor an interruption changes what is computed. What finetune.py needs, too, stands below main().
+continues it. The order of the images and their crops are a function of seed, epoch and sample alone, and an
+interruption changes nothing of what is computed. What finetune.py needs, too, stands at the end, in chapters.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import torchvision
 from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -74,9 +74,10 @@ def get_args():
     flag("--weight_decay", type=float, default=0.05, help="of matrices")
     flag("--clip_grad", type=float, default=3.0, help="largest gradient norm; inf for no clipping")
     flag("--seed", type=int, default=0, help="of all random choices")
-    flag("--drawings", type=int, default=1, help="images of the demonstration")
+    flag("--drawings", type=int, default=1, help="images of the demonstration, which has 1,600")
     add_machine_flags(parser)
     args = parse_args(parser, RECIPES)
+    check(args.objective == "arm" or args.order == "row", "--order is of clusters, which --objective mae has not")
     check(args.clip_grad > 0, f"--clip_grad must be more than 0, not {args.clip_grad}; inf for no clipping")
     return args
 
@@ -99,45 +100,46 @@ def main():
     # Model
     torch.manual_seed(args.seed)
     size, kind = MODELS[args.model], dict(arm=ARM, mae=MAE)[args.objective]
-    arm = kind(args.image_size, args.patch_size, args.cluster_size, **size, order=args.order, target=args.target,
+    model = kind(args.image_size, args.patch_size, args.cluster_size, **size, order=args.order, target=args.target,
                decoder_dim=args.decoder_dim or min(512, size["dim"]), decoder_depth=args.decoder_depth,
                seed=args.seed).to(device)
-    run = Run(args, arm, source, device)
+    run = Run(args, model, source, device)
     if args.init and not run.checkpoint:
-        from_first_process(lambda: load_weights(arm, args.init))  # the others receive them from DDP
-    prepare(arm, args)
-    model = DistributedDataParallel(arm, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(parameter_groups(arm, args.weight_decay), betas=(0.9, 0.95), fused=True)
+        from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
+    prepare(model, args)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
     if run.checkpoint:
-        arm.load_state_dict(run.checkpoint["model"])
+        model.load_state_dict(run.checkpoint["model"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
-    run.start(f"{args.model} from {args.init or 'scratch'}, {sum(p.numel() for p in arm.parameters()):,} parameters")
+    run.start(f"{args.model} from {args.init or 'scratch'}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
     # Training
     batches = load(dataset, shuffled(len(dataset), args, run.step), args.workers, device)
     while run.step < args.epochs * run.steps_per_epoch:
         lr = learning_rate(run.step / run.steps_per_epoch, args)
-        torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of what the objective mae hides
+        torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of what --objective mae hides
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accum_steps):
             images, _, unreadable = next(batches)
-            model.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP adds gradients up in the last
+            ddp.require_backward_grad_sync = micro_step == args.accum_steps - 1  # gradients are summed in the last
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = model(normalize(images, device)) / args.accum_steps
+                loss = ddp(normalize(images, device)) / args.accum_steps
             loss.backward()
             step_loss += loss.detach()
             run.unreadable += unreadable[unreadable >= 0].tolist()
-        optimizer_step(model, optimizer, lr, step_loss, args.clip_grad)
+        optimizer_step(ddp, optimizer, lr, step_loss, args.clip_grad)
 
         if run.after_step(step_loss, lr):
             if run.first and run.picture_due and args.objective == "arm":
-                save_picture(os.path.join(args.out, "predictions.png"), arm, dataset, device)
+                save_picture(os.path.join(args.out, "predictions.png"), model, dataset, device)
             if run.epoch_ended:
                 run.log_epoch(lr=lr)
             if run.save_due:
-                run.save(model=arm.state_dict(), optimizer=optimizer.state_dict())
+                run.save(model=model.state_dict(), optimizer=optimizer.state_dict())
             run.stop_if_interrupted()
-    run.end(f"Weights in {args.out}/last.pth, what they predict in {args.out}/predictions.png.\n"
+    picture = f", what they predict in {args.out}/predictions.png" if args.objective == "arm" else ""
+    run.end(f"Weights in {args.out}/last.pth{picture}.\n"
             f"Next, finetune: {finetune_command(args, len(source))}")
 
 
@@ -162,11 +164,12 @@ def save_picture(path, model, dataset, device):
 
 def finetune_command(args, images):
     """What to type next: the paper's recipe, or for fewer images the README's for small data."""
-    command, usual = f"torchrun --standalone --nproc_per_node {process()[1]} finetune.py", RECIPES["demo"]
+    local_processes = os.environ.get("LOCAL_WORLD_SIZE", 1) if process()[1] > 1 else 1
+    command, usual = f"torchrun --standalone --nproc_per_node {local_processes} finetune.py", RECIPES["demo"]
     if args.data:
         labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
         command += f" --data {shlex.quote(labelled)} {SMALL_DATA if images < 50_000 else ''}".rstrip()
-        usual = dict(patch_size=16, image_size=args.image_size) if args.patch_size == 16 else {}  # 224 follows 192
+        usual = dict(model="arm_base", patch_size=16, image_size=192)  # which 224 follows, finetune.py's default
     return f"{command} --init {shlex.quote(args.out)}/last.pth" + "".join(
         f" --{name} {getattr(args, name)}" for name in ("model", "image_size", "patch_size")
         if getattr(args, name) != usual.get(name))
@@ -185,7 +188,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def add_machine_flags(parser):
-    """The flags that change how a run is computed, and not what; so they may change when it is continued."""
+    """The flags that change how a run is computed, and not what (but for the random draws of finetuning, which are made
+    for a micro-batch); so they may change when it is continued.
+    """
+    parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
     flag = parser.add_argument_group("what may change when a run is continued").add_argument
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -195,18 +201,17 @@ def add_machine_flags(parser):
     flag("--compile", type=int, choices=[0, 1], default=int(cuda and os.environ.get("ARM_SCAN", "triton") == "triton"),
          help="torch.compile")
     flag("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="what to train on")
-    flag("--resume", help="a checkpoint to continue instead of last.pth in --out")
+    flag("--resume", help="a checkpoint to continue from where --out has no last.pth yet")
     flag("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
 
 
 MAY_CHANGE = {"data", "out", "workers", "accum_steps", "activation_checkpointing", "compile", "device", "resume",
-              "checkpoint_minutes"}
+              "checkpoint_minutes", "eval_every"}
 DEFAULTS = {}  # of the flags, for checkpoints that do not know them all
 
 
 def parse_args(parser, recipes):
     """The arguments; the model's recipe, or without --data the demonstration's, changes the defaults."""
-    parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
     args, _ = parser.parse_known_args()
     parser.set_defaults(**recipes.get(args.model, {}), **({} if args.data else recipes["demo"]))
     args = parser.parse_args()
@@ -214,8 +219,8 @@ def parse_args(parser, recipes):
     for name, value in vars(args).items():
         check(not isinstance(value, float) or 0 <= value < math.inf or name == "clip_grad",
               f"--{name} must be 0 or more, not {value}")
-        check(type(value) is not int or value >= (name not in ("workers", "compile", "seed")),
-              f"--{name} must be at least {int(name not in ('workers', 'compile', 'seed'))}, not {value}")
+        least = 0 if name in ("workers", "compile", "seed") else 1
+        check(type(value) is not int or value >= least, f"--{name} must be at least {least}, not {value}")
     check(args.warmup_epochs < args.epochs, f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs "
                                             f"{args.epochs}: choose more epochs, or a shorter warm-up")
     parts = process()[1] * args.accum_steps
@@ -290,6 +295,8 @@ class ImageFiles:
     workers share; a list of a million would be copied into each of them, page by page, as its reference counts change.
     """
 
+    blank = 0  # the label of a black image, where nothing can be decoded
+
     def __init__(self, folder, names, labels=None):
         self.folder, self.names = folder, np.array([os.fsencode(name) for name in names])
         self.labels = np.zeros(len(names), dtype=np.int64) if labels is None else np.array(labels)
@@ -312,7 +319,8 @@ def seed_of(*key):
 class Images(Dataset):
     """Transformed images of a source (ImageFiles or Drawings), as (uint8 image, label, index if unreadable, else -1).
 
-    Items are asked for as (epoch, index), and seed, epoch and index alone decide every random choice of the transform.
+    transform: (image, label) -> (image, label). Items are asked for as (epoch, index), and seed, epoch and index alone
+    decide every random choice of it.
     A file that cannot be decoded is replaced by another, or, where `replace` is false, comes with the label -1.
     """
 
@@ -331,16 +339,16 @@ class Images(Dataset):
             except Exception:  # decoders raise many kinds for a damaged file
                 unreadable = index
         else:  # black; a run in which so many cannot be decoded is about to stop
-            image, label = torch.zeros(3, 1, 1, dtype=torch.uint8), 0 if self.replace else -1
+            image, label = torch.zeros(3, 1, 1, dtype=torch.uint8), self.source.blank if self.replace else -1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, *key))
-            return self.transform(image), label, unreadable
+            return *self.transform(image, label), unreadable
 
 
 def shuffled(images, args, start):
     """This process's micro-batches, as lists of (epoch, index), from step `start` of the run to its end.
 
-    An epoch is a random order of all images, cut into global batches (what is left over waits for the next epoch). A
+    An epoch is a random order of all images, cut into global batches (what is left over is not seen in this epoch). A
     batch is cut into a share for each process, and a share into accum_steps micro-batches.
     """
     rank, processes = process()
@@ -360,10 +368,18 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def collate(samples):
+    """A batch of items of Images. Images and labels are stacked; labels that are dictionaries stay a list of them."""
+    images, labels, unreadable = zip(*samples)
+    labels = list(labels) if isinstance(labels[0], dict) else default_collate(labels)
+    return default_collate(images), labels, torch.tensor(unreadable)
+
+
 def load(dataset, batches, workers, device):
     """An iterator of batches of uint8 images, read ahead by `workers` processes."""
     return iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_signals,
-                           pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+                           collate_fn=collate, pin_memory=device.type == "cuda",
+                           prefetch_factor=4 if workers else None))
 
 
 @functools.lru_cache
@@ -383,7 +399,7 @@ def normalize(images, device):
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0):
-    """The optimiser's groups: weight decay for matrices alone, and layer-wise learning rates.
+    """The optimiser's groups: weight decay for all but biases, norms, D, positions and CLS; layer-wise learning rates.
 
     With n = depth + 1, a parameter of layer g has its rate multiplied by layer_decay ** (n - g): the embeddings are
     layer 0, block i is i + 1, all after the blocks is n. Groups have "names", "lr_scale" and "weight_decay".
@@ -400,13 +416,17 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     return list(groups.values())
 
 
-def learning_rate(epoch, args, minimum=0.0):
-    """Linear warm-up from 0, then half a cosine down to `minimum`; epoch: how many have passed, a fraction."""
+def learning_rate(epoch, args, minimum=0.0, schedule="cosine"):
+    """Linear warm-up from 0, then half a cosine or a straight line ("line") down to `minimum`, or ("steps") a tenth
+    after 3/4 of all epochs and a hundredth after 11/12; epoch: how many have passed, a fraction.
+    """
     peak = args.blr * args.batch_size / 256
     if epoch < args.warmup_epochs:
         return peak * epoch / args.warmup_epochs
+    if schedule == "steps":
+        return peak * 0.1 ** ((epoch >= args.epochs * 3 / 4) + (epoch >= args.epochs * 11 / 12))
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
+    return minimum + (peak - minimum) * (1 - progress if schedule == "line" else (1 + math.cos(math.pi * progress)) / 2)
 
 
 def optimizer_step(model, optimizer, lr, loss, clip_grad=math.inf):
@@ -432,14 +452,15 @@ def prepare(model, args):
     On one machine it is compiled whole, and on GPUs replayed as CUDA graphs, so that Python launches a graph and not
     each kernel; but not where gradients are accumulated, since a graph writes its gradients over those of the
     micro-batch before. On several machines the blocks are compiled, so that the gradients of one travel while those of
-    the next are computed.
+    the next are computed; and of models that detect or segment, since their heads meet ever other shapes.
     """
     for block in model.layers:
         block.recompute = args.activation_checkpointing
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
+        torch._dynamo.config.recompile_limit = 64  # blocks share it: each rate of drop path is a version, each batch
         torch._functorch.config.activation_memory_budget = 0.9  # a quarter less memory for about 2% more time
-        whole = process()[1] <= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        whole = process()[1] <= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) and not hasattr(model, "pyramid")
         mode = "reduce-overhead" if whole and args.accum_steps == 1 else None
         for module in [model] if whole else [*model.layers, *getattr(model, "decoder", [])]:
             module.compile(dynamic=False, mode=mode)  # three batch sizes: training's, evaluation's and its last
@@ -471,7 +492,8 @@ class Run:
         check(self.steps_per_epoch > 0, f"--batch_size {args.batch_size} is more than the {len(source)} training "
                                         f"images: choose a smaller one")
         from_first_process(self.open_log)
-        path = args.resume or os.path.join(args.out, "last.pth")
+        path = os.path.join(args.out, "last.pth")
+        path = path if os.path.exists(path) else args.resume or path
         found = args.resume is not None or os.path.exists(path)
         check(len(gather([found])) == 1, f"only some machines see {path}: --out must be a folder that all share")
         self.checkpoint = read_checkpoint(path) if found else {}
@@ -531,9 +553,9 @@ class Run:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(os.path.join(args.out, "tensorboard"))
-        self.say(f"{what}; {len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, peak "
-                 f"learning rate {args.blr * size / 256:.2g}, from step {self.step}; {process()[1]} x {self.device.type}; to "
-                 f"{args.out}")
+        self.say(f"{what}; {len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, "
+                 f"from step {self.step}; peak learning rate {args.blr * size / 256:.2g}; {process()[1]} x "
+                 f"{self.device.type}; to {args.out}")
         self.bar = tqdm(total=args.epochs * self.steps_per_epoch * size, initial=self.step * size, unit_scale=True,
                         bar_format="{desc}{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]",
                         disable=not self.first, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
@@ -584,9 +606,9 @@ class Run:
             counts["loss"] += loss if ok else 0.0
             counts["taken"], counts["dropped"] = counts["taken"] + ok, counts["dropped"] + (not ok)
             counts["in_row"] = 0 if ok else counts["in_row"] + 1
-        if counts["in_row"] >= self.MOST_DROPPED:
-            raise Stop(f"The loss was not finite {counts['in_row']} steps in a row, up to step {self.step}: the run "
-                       f"stops, and its last checkpoint is as it was. A smaller --blr may help")
+            if counts["in_row"] == self.MOST_DROPPED:
+                raise Stop(f"The loss was not finite {self.MOST_DROPPED} steps in a row, up to step {self.step}: the "
+                           f"run stops, and its last checkpoint is as it was. A smaller --blr may help")
 
     def show(self, loss, lr):
         """The bar, with the rate of the last hundred steps: without compilation, evaluation and checkpoints."""
@@ -604,7 +626,7 @@ class Run:
 
     def log_epoch(self, **results):
         """The epoch's line in log.jsonl and TensorBoard; files that could not be decoded are named in it. JSON has no
-        NaN: null stands for it.
+        NaN: null stands for it. Results that are dictionaries are not shown.
         """
         counts, images = self.counts, (self.step - self.epoch_step) * self.args.batch_size
         unreadable = sorted(self.source.name(i) for i in gather(self.unreadable))
@@ -620,8 +642,8 @@ class Run:
         for name, value in entry.items() if self.tensorboard else ():
             if isinstance(value, (int, float)):
                 self.tensorboard.add_scalar(name, value, self.epoch)
-        told = {k: v for k, v in entry.items() if v != [] and k in {"loss", "unreadable", *results}
-                or k == "dropped_steps" and v}
+        told = {k: v for k, v in entry.items() if k in {"loss", "unreadable", *results} and v != []
+                and not isinstance(v, dict) or k == "dropped_steps" and v}
         self.say(f"epoch {self.epoch}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                                      for k, v in told.items()))
         self.counts = dict(loss=0.0, taken=0, dropped=0, in_row=counts["in_row"])
@@ -663,8 +685,8 @@ def writing(path):
             raise
         with contextlib.suppress(OSError):
             os.remove(f"{path}.new")
-        raise Stop(f"Cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'} What was written "
-                   f"before is as it was") from None
+        raise Stop(f"Cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'} The last "
+                   f"checkpoint is as it was") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,8 +707,9 @@ def start_processes(args):
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if processes > 1 else 0
     check(not cuda or torch.cuda.is_available(), "--device cuda needs a GPU that torch can see, and there is none: use "
                                                  "--device cpu")
-    check(not cuda or local_rank < torch.cuda.device_count(), f"there is a process for each of more than the "
-          f"{torch.cuda.device_count()} GPUs here: give torchrun --nproc_per_node {torch.cuda.device_count()}")
+    local_processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    check(not cuda or processes == 1 or local_processes <= gpus, f"there are {local_processes} processes for {gpus} "
+                                                                 f"GPUs: give torchrun --nproc_per_node {gpus}")
     device = torch.device(args.device, local_rank if cuda else None)
     kernels(device)  # ARM_SCAN may ask for what is not there
     if cuda:
@@ -792,6 +815,7 @@ class Drawings:
         stripes = (pitch * x + phase).sin()
         checks = stripes * (pitch * y + phase).sin()
         texture = torch.where(self.labels[:, None, None] < 5, stripes, checks * 2)
+        self.inside = distance < 0  # (n, size, size), where the shapes are
         inside, light = torch.sigmoid(-distance * size / 3), torch.sigmoid(texture * 4)
         ink, paper, background = uniform(0, 0.4, 3), uniform(0.6, 1, 3), uniform(0, 0.4, 3)  # (n, 3, 1, 1)
         filled = ink * light[:, None] + paper * (1 - light[:, None])

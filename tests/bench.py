@@ -161,14 +161,15 @@ def bench_train(args):
     print("| work | model | image size, batch | by | images/s | ms | peak GiB | share of matrix rate |")
     print("| --- " * 8 + "|")
     works = [("pretrain", "arm_base", 192, 256), ("finetune", "arm_base", 224, 128),
-             ("pretrain", "arm_large", 192, 128), ("pretrain", "arm_huge", 192, 64), ("classify", "arm_base", 224, 256)]
+             ("pretrain", "arm_large", 192, 128), ("pretrain", "arm_huge", 192, 64), ("classify", "arm_base", 224, 256),
+             ("finetune 384", "arm_base", 384, 32)]
     for work, name, size, batch in works:
         if not re.search(args.only, f"{work} {name}"):
             continue
         choices = [("triton", 1)] + [("mamba_ssm", 0)] * arm.mamba_ssm_installed()  # as the released code runs them
-        if name == "arm_base" and work != "classify":
+        if name == "arm_base" and work in ("pretrain", "finetune"):
             choices += [("torch", 0), ("vit_b_16", 1)]
-        if name == "arm_huge":
+        if name == "arm_huge" or work == "finetune 384":
             choices.append(("triton", 2))
         for choice, compiled in choices:
             by = {"vit_b_16": "ViT-B of torchvision", "triton": "ours", "mamba_ssm": "mamba-ssm's kernels",
@@ -338,10 +339,10 @@ def bench_step(args):
     alone, launching = seconds_each(step, 30)
     no_sync, _ = seconds_each(step_without_all_reduce, 30)
     batches = load(dataset, endless, workers, device)
-    for _ in range(4 * workers):  # what was read ahead says nothing of the rate
+    for _ in range(2 * workers):  # what was read ahead says nothing of the rate
         next(batches)
-    loading, _ = seconds_each(lambda: next(batches), 4 * workers)
-    with_images, _ = seconds_each(lambda: step(normalize(next(batches)[0], device)), 4 * workers)
+    loading, _ = seconds_each(lambda: next(batches), 2 * workers)
+    with_images, _ = seconds_each(lambda: step(normalize(next(batches)[0], device)), 2 * workers)
     if dist.get_rank() == 0:
         print(json.dumps(dict(steps=batch * processes / alone, no_sync=batch * processes / no_sync,
                               launch_ms=1000 * launching, images=batch * processes / with_images,
