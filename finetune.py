@@ -39,13 +39,6 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 from tqdm import tqdm
 
-try:
-    from pycocotools import mask as rle
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-except ImportError:  # --task detect alone needs it
-    COCO = None
-
 from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, check, load_weights, read_checkpoint
 from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Images, Run, add_machine_flags,
                       end_with_a_sentence, from_first_process, gather, learning_rate, list_images, load, mean_and_std,
@@ -55,27 +48,16 @@ from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Ima
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
     "arm_huge": dict(layer_decay=0.75, drop_path=0.3),
-    "demo": dict(model="arm_tiny", image_size=48, patch_size=8, epochs=16, warmup_epochs=1, batch_size=16, blr=1.6e-2, eval_every=4,
-                 layer_decay=0.85, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0, augment=0.0,
-                 crop_scale=0.6, workers=0, compile=0, drawings=160, out="runs/demo_finetune"),
+    "demo": dict(model="arm_tiny", image_size=48, patch_size=8, epochs=16, warmup_epochs=1, eval_every=4, batch_size=16,
+                 blr=1.6e-2, layer_decay=0.85, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
+                 augment=0.0, crop_scale=0.6, workers=0, compile=0, drawings=160, out="runs/demo_finetune"),
 }
-TASKS = {  # where those of the other tasks differ, of which the paper gives none: this project's choice
-    "classify": {},
-    # ViTDet's rate for 64 images, in the 36 epochs of Swin Transformer's Mask R-CNN; warm-up: 250 steps of COCO
-    "detect": dict(image_size=1024, epochs=36, warmup_epochs=0.14, batch_size=64, blr=4e-4, schedule="steps",
-                   layer_decay=0.7, weight_decay=0.1, ema_decay=0.0, eval_every=4, out="runs/detect"),
-    # BEiT's and Swin Transformer's UPerNet: 160,000 steps of 16 images of ADE20K, 1,500 of them warm-up
-    "segment": dict(image_size=512, epochs=127, warmup_epochs=1.2, batch_size=16, blr=9.6e-4, schedule="line",
-                    min_lr=0.0, layer_decay=0.9, ema_decay=0.0, eval_every=10, out="runs/segment"),
-}
-DETECTION = {"arm_large": dict(layer_decay=0.8, drop_path=0.4), "arm_huge": dict(layer_decay=0.9, drop_path=0.5)}
-
-
 def get_args(**evaluated):
     """The arguments. Those of the checkpoint to evaluate, if any, are then defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     flag = parser.add_argument
-    flag("--task", choices=TASKS, default="classify", help="classes of images, Mask R-CNN, or UPerNet")
+    flag("--task", choices=["classify", "detect", "segment"], default="classify", help="classes of images, Mask R-CNN "
+         "or UPerNet")
     flag("--data", help="the folder of images and their classes or annotations. Without it, the demonstration")
     flag("--init", help="pretrained weights, a file or URL; without it, or with none, from scratch; the demonstration "
          "looks for its own pretraining first")
@@ -112,27 +94,7 @@ def get_args(**evaluated):
     flag("--erasing", type=float, default=0.25, help="probability of random erasing")
     flag("--drawings", type=int, default=1, help="images of the demonstration, which has 160")
     add_machine_flags(parser)
-    parser.set_defaults(**evaluated)
-    given, _ = parser.parse_known_args()
-    if given.task != "classify":
-        check(given.data, f"--task {given.task} needs --data: the demonstration is of classes")
-        check(not (given.predict or given.classes or given.real_labels), "--predict, --classes and --real_labels are "
-                                                                         "for --task classify")
-        check(given.task == "segment" or COCO, "--task detect needs pycocotools: pip install pycocotools")
-    parser.set_defaults(**{**TASKS[given.task], **evaluated})
-    recipes = {"classify": {**RECIPES, "demo": {**RECIPES["demo"], **evaluated}}, "detect": DETECTION, "segment": {}}
-    args = parse_args(parser, recipes[given.task])
-    together = args.batch_size // args.accum_steps // (1 if args.device == "cuda" else process()[1])
-    check(args.task != "segment" or args.eval or together > 1, "--task segment has batch norm, which needs two images "
-          "or more at a time: choose a larger --batch_size or a smaller --accum_steps")
-    check(args.data or not args.predict, "--predict needs --data, an image or a folder of images")
-    check(not (args.eval and args.predict), "--eval and --predict are two things: give one")
-    for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
-        check(getattr(args, name) <= 1, f"--{name} is from 0 to 1, not {getattr(args, name)}")
-    peak = args.blr * args.batch_size / 256
-    check(args.eval or args.min_lr <= peak, f"--min_lr {args.min_lr:g} is above the peak learning rate, --blr x "
-                                            f"--batch_size / 256 = {peak:g}")
-    return args
+    return parse_task_args(parser, evaluated)
 
 
 def main():
@@ -181,13 +143,11 @@ def main():
             ema.module.load_state_dict(run.checkpoint["model_ema"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
         best = run.checkpoint["best"]
-    run.start(f"{args.model} from {'scratch' if args.init == 'none' else args.init}, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(val):,} validation images, "
-              f"{len(classes)} classes")
     steps, span = args.epochs * run.steps_per_epoch, 1 / max(1 - args.ema_decay, 1e-9)
-    if span > steps:
-        run.say(f"The average of the weights spans {span:,.0f} steps, and the run has {steps:,}: look at the weights' "
-                f"own accuracy, or give a smaller --ema_decay")
+    late = f"; the average of the weights spans {span:,.0f} steps, more than the run has" if span > steps else ""
+    run.start(f"{args.model} from {'scratch' if args.init == 'none' else args.init}, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters{late}; {len(val):,} validation images, "
+              f"{len(classes)} classes")
 
     # Training
     batches = load(train_set, shuffled(len(train), args, run.step), args.workers, device)
@@ -276,6 +236,46 @@ def evaluate_task(model, dataset, args, device):
     if args.task == "segment":
         return evaluate_segmenter(model, dataset, args, device)
     return evaluate(model, dataset, torch.eye(model.head.out_features).bool(), args, device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+TASKS = {  # where those of the other tasks differ, of which the paper gives none: this project's choice
+    "classify": {},
+    # ViTDet's rate for 64 images, in the 36 epochs of Swin Transformer's Mask R-CNN; warm-up: 250 steps of COCO
+    "detect": dict(image_size=1024, epochs=36, warmup_epochs=0.14, batch_size=64, blr=4e-4, schedule="steps",
+                   layer_decay=0.7, weight_decay=0.1, ema_decay=0.0, eval_every=4, out="runs/detect"),
+    # BEiT's and Swin Transformer's UPerNet: 160,000 steps of 16 images of ADE20K, 1,500 of them warm-up
+    "segment": dict(image_size=512, epochs=127, warmup_epochs=1.2, batch_size=16, blr=9.6e-4, schedule="line",
+                    min_lr=0.0, layer_decay=0.9, ema_decay=0.0, eval_every=10, out="runs/segment"),
+}
+DETECTION = {"arm_large": dict(layer_decay=0.8, drop_path=0.4), "arm_huge": dict(layer_decay=0.9, drop_path=0.5)}
+
+
+def parse_task_args(parser, evaluated):
+    """The arguments, by the recipe of the task and the model; those of a checkpoint to evaluate are defaults."""
+    parser.set_defaults(**evaluated)
+    given, _ = parser.parse_known_args()
+    if given.task != "classify":
+        check(given.data, f"--task {given.task} needs --data: the demonstration is of classes")
+        check(not (given.predict or given.classes or given.real_labels), "--predict, --classes and --real_labels are "
+                                                                         "for --task classify")
+        check(given.task == "segment" or COCO, "--task detect needs pycocotools: pip install pycocotools")
+    parser.set_defaults(**{**TASKS[given.task], **evaluated})
+    recipes = {"classify": {**RECIPES, "demo": {**RECIPES["demo"], **evaluated}}, "detect": DETECTION, "segment": {}}
+    args = parse_args(parser, recipes[given.task])
+    together = args.batch_size // args.accum_steps // (1 if args.device == "cuda" else process()[1])
+    check(args.task != "segment" or args.eval or together > 1, "--task segment has batch norm, which needs two images "
+          "or more at a time: choose a larger --batch_size or a smaller --accum_steps")
+    check(args.data or not args.predict, "--predict needs --data, an image or a folder of images")
+    check(not (args.eval and args.predict), "--eval and --predict are two things: give one")
+    for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
+        check(getattr(args, name) <= 1, f"--{name} is from 0 to 1, not {getattr(args, name)}")
+    peak = args.blr * args.batch_size / 256
+    check(args.eval or args.min_lr <= peak, f"--min_lr {args.min_lr:g} is above the peak learning rate, --blr x "
+                                            f"--batch_size / 256 = {peak:g}")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -636,6 +636,13 @@ class RandomErasing(v2.RandomErasing):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Detection: Mask R-CNN on COCO
+
+try:
+    from pycocotools import mask as rle
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+except ImportError:  # --task detect alone needs it
+    COCO = None
 
 
 class CocoFiles(ImageFiles):

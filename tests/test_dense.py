@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from conftest import GOLDEN, processes, same_weights, script
 from PIL import Image
-from pycocotools import mask as rle
 from torch.nn import functional as F
 
 import finetune
@@ -22,6 +21,7 @@ from arm import ARMClassifier, ARMDetector, ARMSegmenter, BadInput, UPerHead, lo
 from finetune import CocoFiles, SceneFiles, evaluate_detector, evaluate_segmenter, pad_to_square, resize_image, slide
 from pretrain import Images, learning_rate
 
+rle = pytest.importorskip("pycocotools.mask")
 CPU = torch.device("cpu")
 TINY = ["--model", "arm_tiny", "--image_size", 64, "--patch_size", 16, "--batch_size", 4, "--epochs", 2, "--workers", 0,
         "--warmup_epochs", 0.5, "--blr", 0.05, "--drop_path", 0.2, "--eval_every", 2, "--device", "cpu"]
