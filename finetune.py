@@ -380,7 +380,7 @@ def describe(path):
     and their number, and whether it holds an average of the weights and did best by it.
     """
     found = read_checkpoint(path)
-    made, weights = found.get("args"), found.get("model", found)
+    made, weights = found.get("args"), found.get("model", found.get("state_dict", found))
     known = isinstance(made, dict) and made.get("model") in MODELS
     names = ("task", "model", "image_size", "patch_size", "pool", "directions")
     sizes = {name: made[name] for name in names if known and name in made}
