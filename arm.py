@@ -711,7 +711,7 @@ def from_released(weights):
     for direction in RELEASED_DIRECTIONS:
         for name, tensor in weights.items():
             of = re.search(r"\.mixer\.(?:conv1d|x_proj|dt_proj|A|D)(|_b|_c|_c_b)(?:_log|\.|$)", name)
-            if (of[1] if of else "") == direction:
+            if (of[1] if of else "") == direction and (direction == "" or rename_released(name) in found):
                 found.setdefault(rename_released(name), []).append(tensor)
     return {name: torch.stack([t.flatten(1) if t.ndim > 1 else t for t in tensors])  # a conv1d weight is (D, 1, width)
             if name.endswith(OF_DIRECTIONS) else tensors[0] for name, tensors in found.items()}
@@ -724,7 +724,7 @@ def read_checkpoint(path_or_url):
     """
     name = str(path_or_url)
     try:
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and os.path.exists(name):
             from safetensors.torch import load_file
             return load_file(name)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released files hold one
@@ -743,7 +743,7 @@ def read_checkpoint(path_or_url):
         if code:
             raise BadInput(f"refused {name}: to read it, Python would have to call {code[1]}, and no file may have "
                            f"code run; save tensors and plain values alone, such as the model's state_dict()") from None
-        raise BadInput(f"{name} is not a checkpoint, or is damaged: torch.load cannot read it") from None
+        raise BadInput(f"{name} is not a checkpoint, or is damaged: it cannot be read") from None
     check(isinstance(found, dict), f"{name} is not a checkpoint: it holds a {type(found).__name__}, not a dictionary")
     return found
 
@@ -770,7 +770,9 @@ def check_order(model, weights, path):
     has none, having been made on the meta device, and they bring none.
     """
     name = "orders" if hasattr(model, "orders") else "order"
-    own, there = getattr(model, name).cpu(), weights.get(name)
+    own, there = getattr(model, name), weights.get(name)
+    check(not own.is_meta, 'this model is on the meta device: call model.to_empty(device="cpu") first')
+    own = own.cpu()
     made = torch.equal(own.sort(dim=-1).values, torch.arange(own.shape[-1]).expand_as(own))
     known = there is not None and there.shape == own.shape
     check(made or known, f"this model was made on the meta device, and {path} does not hold its order of the tokens")
@@ -803,6 +805,8 @@ def load_weights(model, path_or_url, ema=False):
         found = from_released(found)
     own, parts = model.state_dict(), {name.split(".")[0] for name in found}
     from_finetuned, finetuning = "cls_token" in found, "cls_token" in own
+    found = {name: tensor for name, tensor in found.items()  # an order that was made a float may no longer be one
+             if name not in own or tensor.is_floating_point() == own[name].is_floating_point()}
     check_order(model, found, path_or_url)
     if finetuning and "pos_embed" in found and found["pos_embed"].ndim == 3:
         found["pos_embed"] = resize_position(found["pos_embed"], model.grid, cls=True)

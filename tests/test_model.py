@@ -884,3 +884,24 @@ def test_a_model_made_on_the_meta_device_gets_all_it_needs_from_our_checkpoints(
     ("official_finetune224.pth", small_classifier)])
 def test_a_model_made_on_the_meta_device_refuses_released_weights_which_have_no_order(file, make):
     assert_refused(made_on_meta(make), GOLDEN / file, "made on the meta device, and .* does not hold its order")
+
+
+def test_orders_stay_exact_where_a_checkpoint_was_made_bfloat16_tensor_by_tensor(tmp_path):
+    model = tiny_classifier(image_size=96, depth=1)  # 577 tokens, more than bfloat16 can count
+    torch.save({name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, tmp_path / "bfloat16.pth")
+    assert load_weights(model, tmp_path / "bfloat16.pth") == set()
+    assert torch.equal(model.orders, scan_orders(24))
+
+
+def test_a_model_still_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = small_arm()
+    with pytest.raises(BadInput, match="on the meta device: call"):
+        load_weights(model, GOLDEN / "official_pretrain.pth")
+
+
+def test_finetuned_weights_without_their_forward_direction_are_refused_by_the_pretraining_model(tmp_path):
+    found = weights_of("official_finetune224.pth")
+    del found["layers.2.mixer.x_proj.weight"]
+    torch.save(dict(model=found), tmp_path / "part.pth")
+    assert_refused(small_arm(), tmp_path / "part.pth", "it has no layers.2.mixer.x_proj")
