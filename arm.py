@@ -790,7 +790,7 @@ def load_weights(model, path_or_url, ema=False):
     of the tokens is not this model's; the model is then unchanged.
     """
     file = read_checkpoint(path_or_url)
-    part = "model_ema" if ema else "model" if "model" in file else "state_dict"
+    part = "model_ema" if ema else "model" if isinstance(file.get("model"), dict) else "state_dict"
     check(not ema or part in file, f"{path_or_url} holds no averaged weights (model_ema): load it without ema")
     found = file.get(part, file)
     found = found.items() if isinstance(found, dict) else ()

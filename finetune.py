@@ -9,8 +9,8 @@ same model from scratch; or evaluate it (section 3.3; recipe for recognition: ap
 
 --data holds train/CLASS/* and val/CLASS/*; or COCO's train2017/, val2017/ and annotations/; or ADE20K's images/ and
 annotations/. The defaults are the paper's recipe, for recognition. A run goes to --out (last.pth, best.pth, log.jsonl;
-predictions.png of the other tasks); the same command continues it. Model and weight average (EMA) are evaluated after
-each epoch. Each task has a chapter below; none needs the others.
+predictions.png of the other tasks); the same command continues it. Model and weight average (EMA) are evaluated
+every --eval_every epochs. Each task has a chapter below; none needs the others.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, chec
 from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Images, Run, add_machine_flags,
                       end_with_a_sentence, from_first_process, gather, learning_rate, list_images, load, mean_and_std,
                       normalize, optimizer_step, parameter_groups, parse_args, prepare, process, seed_of, shuffled,
-                      start_processes)
+                      start_processes, writing)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -188,7 +188,7 @@ def main():
                               unreadable_val=[val.name(i) for i in left_out])
                 metric = [*results][0]
                 for name, found in (("the weights", results), ("their average", ema_results)):
-                    if found and found[metric] > best.get(metric, -1):
+                    if found and not found[metric] <= best.get(metric, -2):  # also where it is no number
                         best = {metric: found[metric], "of": name, "epoch": run.epoch}
                 if run.first and args.task != "classify":
                     save = save_objects if args.task == "detect" else save_segments
@@ -259,8 +259,8 @@ def parse_task_args(parser, evaluated):
     given, _ = parser.parse_known_args()
     if given.task != "classify":
         check(given.data, f"--task {given.task} needs --data: the demonstration is of classes")
-        check(not (given.predict or given.classes or given.real_labels), "--predict, --classes and --real_labels are "
-                                                                         "for --task classify")
+        of_classes = given.predict, given.classes, given.real_labels, given.directions != 4, given.pool != "mean"
+        check(not any(of_classes), "--predict, --classes, --real_labels, --directions and --pool are for --task classify")
         check(given.task == "segment" or COCO, "--task detect needs pycocotools: pip install pycocotools")
     parser.set_defaults(**{**TASKS[given.task], **evaluated})
     recipes = {"classify": {**RECIPES, "demo": {**RECIPES["demo"], **evaluated}}, "detect": DETECTION, "segment": {}}
@@ -332,7 +332,7 @@ def evaluate_checkpoint(path, device):
     model = make_model(args, made["num_classes"]).to(device)
     prepare(model, args)
     if args.task != "classify":
-        return evaluate_dense_checkpoint(path, model, made["classes"], args, device)
+        return evaluate_dense_checkpoint(path, model, made, args, device)
     classes = from_first_process(lambda: read_classes(args.classes)) if args.classes else made["classes"]
     check(classes is None or len(classes) == made["num_classes"], f"{args.classes} names {len(classes or [])} classes, "
                                                                   f"and {path} has {made['num_classes']}")
@@ -355,14 +355,16 @@ def evaluate_checkpoint(path, device):
             print(f"Cannot decode {source.name(i)}: it is left out.")
 
 
-def evaluate_dense_checkpoint(path, model, classes, args, device):
-    """Print all results of a checkpoint that detects or segments."""
+def evaluate_dense_checkpoint(path, model, made, args, device):
+    """Print all results of a checkpoint that detects or segments, and those of the average of its weights, if any."""
     dataset = dense_images(args, evaluate=True)
-    check(dataset.source.classes == classes, f"{path} was finetuned on other classes than those of {args.data}")
-    load_everywhere(model, path, ema=False)
-    results, left_out = evaluate_task(model, dataset, args, device)
+    check(dataset.source.classes == made["classes"], f"{path} was finetuned on other classes than those of {args.data}")
+    for ema in (False, True) if made["has_ema"] else (False,):
+        load_everywhere(model, path, ema)
+        results, left_out = evaluate_task(model, dataset, args, device)
+        if process()[0] == 0:
+            print(f"{'EMA' if ema else 'Model'}: {json.dumps(results)} over {len(dataset) - len(left_out):,} images")
     if process()[0] == 0:
-        print(f"{json.dumps(results)} over {len(dataset) - len(left_out):,} images")
         for i in left_out:
             print(f"Cannot decode {dataset.source.name(i)}: it is left out.")
 
@@ -380,7 +382,8 @@ def describe(path):
     and their number, and whether it holds an average of the weights and did best by it.
     """
     found = read_checkpoint(path)
-    made, weights = found.get("args"), found.get("model", found.get("state_dict", found))
+    made = found.get("args")
+    weights = next((w for w in (found.get("model"), found.get("state_dict")) if isinstance(w, dict)), found)
     known = isinstance(made, dict) and made.get("model") in MODELS
     names = ("task", "model", "image_size", "patch_size", "pool", "directions")
     sizes = {name: made[name] for name in names if known and name in made}
@@ -409,6 +412,8 @@ def validation_images(args, classes, num_classes):
     """
     everything = torch.eye(num_classes, dtype=torch.bool)
     if not args.data:
+        check(num_classes == 10 and (not classes or classes == Drawings.classes), "without --data there is the "
+              "demonstration alone, which has other classes than the checkpoint: give --data")
         return Drawings(500, args.image_size, seed=2), everything, None, f"{num_classes} classes"
     folder = os.path.join(args.data, "val")
     folder = folder if os.path.isdir(folder) else args.data
@@ -489,7 +494,7 @@ def predict(model, classes, args, device):
         return
     path = os.path.join(args.out, "predictions.csv")
     os.makedirs(args.out, exist_ok=True)
-    with open(path, "w", newline="", errors="surrogateescape") as file:
+    with writing(path), open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         header = (f"{what}_{k}" for k in range(1, 1 + min(5, len(classes))) for what in ("class", "probability"))
         csv.writer(file).writerows([["image", *header], *rows])
     print(f"{len(rows):,} images: {path}")
@@ -664,6 +669,8 @@ class CocoFiles(ImageFiles):
             self.categories, self.classes = [*categories], [*categories.values()]  # the ids have gaps
             objects = {image["id"]: [] for image in found["images"]}
             for one in found["annotations"]:
+                if not {"id", "area"} <= one.keys():  # which the evaluation reads
+                    raise KeyError("id or area")
                 if not one["iscrowd"]:
                     label = self.categories.index(one["category_id"]) + 1
                     objects[one["image_id"]].append((label, one["segmentation"]))
@@ -791,7 +798,8 @@ def save_objects(path, model, dataset, device):
             image = draw_bounding_boxes(draw_segmentation_masks(image, masks, alpha=0.5), boxes, names)
         pictures.append(image / 255)
     model.train()
-    save_image(pictures, path, nrow=4)
+    with writing(path):
+        save_image(pictures, path, nrow=4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -912,7 +920,8 @@ def save_segments(path, model, dataset, device):
             predicted = model(normalize(image[None], device)).argmax(dim=1).cpu()  # (1, size, size)
             pictures += [image / 255, *(colors[t[0].long()].movedim(2, 0) for t in (predicted, labels))]
     model.train()
-    save_image(pictures, path, nrow=6)
+    with writing(path):
+        save_image(pictures, path, nrow=6)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ DEFAULTS = {}  # of the flags, for checkpoints that do not know them all
 def parse_args(parser, recipes):
     """The arguments; the model's recipe, or without --data the demonstration's, changes the defaults."""
     args, _ = parser.parse_known_args()
-    parser.set_defaults(**recipes.get(args.model, {}), **({} if args.data else recipes["demo"]))
+    on_cpu = {"compile": 0} if args.device == "cpu" else {}
+    parser.set_defaults(**{**recipes.get(args.model, {}), **({} if args.data else recipes["demo"]), **on_cpu})
     args = parser.parse_args()
     DEFAULTS.update(vars(parser.parse_args([])))
     for name, value in vars(args).items():
@@ -341,7 +342,7 @@ class Images(Dataset):
         else:  # black; a run in which so many cannot be decoded is about to stop
             image, label = torch.zeros(3, 1, 1, dtype=torch.uint8), self.source.blank if self.replace else -1
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, *key))
+            torch.default_generator.manual_seed(seed_of(self.seed, *key))  # the CPU's alone
             return *self.transform(image, label), unreadable
 
 
@@ -463,7 +464,7 @@ def prepare(model, args):
         whole = process()[1] <= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) and not hasattr(model, "pyramid")
         mode = "reduce-overhead" if whole and args.accum_steps == 1 else None
         for module in [model] if whole else [*model.layers, *getattr(model, "decoder", [])]:
-            module.compile(dynamic=False, mode=mode)  # three batch sizes: training's, evaluation's and its last
+            module.compile(dynamic=False, mode=mode)  # for each batch size: training's, evaluation's and its last
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -642,6 +643,8 @@ class Run:
         for name, value in entry.items() if self.tensorboard else ():
             if isinstance(value, (int, float)):
                 self.tensorboard.add_scalar(name, value, self.epoch)
+        if self.tensorboard:
+            self.tensorboard.flush()
         told = {k: v for k, v in entry.items() if k in {"loss", "unreadable", *results} and v != []
                 and not isinstance(v, dict) or k == "dropped_steps" and v}
         self.say(f"epoch {self.epoch}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
@@ -685,8 +688,8 @@ def writing(path):
             raise
         with contextlib.suppress(OSError):
             os.remove(f"{path}.new")
-        raise Stop(f"Cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'} The last "
-                   f"checkpoint is as it was") from None
+        raise Stop(f"Cannot write {path}: {getattr(error, 'strerror', None) or 'perhaps the disk is full'}. The "
+                   f"last checkpoint is as it was") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def folder_of(out, seed, flags):
 
 
 def run(script, gpu, args, flags, seed, folder):
-    """Run a script to its end, or find that it has been there."""
+    """Run a script to its end; where it has been there it says that nothing is left."""
     command = [sys.executable, ROOT / f"{script}.py", "--data", args.data, "--workers", args.workers, *BOTH, *flags,
                "--seed", seed, "--out", folder]
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,9 @@ def work(job, args):
     gpu, seed, pretrain, rows = job
     for row in rows:
         pretrained, finetuned = places(args.out, row, seed)
-        if pretrained and len(log(pretrained)) < PRETRAIN[1]:
-            run("pretrain", gpu, args, [*PRETRAIN, *pretrain], seed, pretrained)
         if len(log(finetuned)) < FINETUNE[1]:
+            if pretrained:
+                run("pretrain", gpu, args, [*PRETRAIN, *pretrain], seed, pretrained)
             init = ["--init", pretrained / "last.pth" if pretrained else "none"]
             run("finetune", gpu, args, [*FINETUNE, *ROWS[row][1], *init], seed, finetuned)
         print(f"seed {seed}, {row}: {log(finetuned)[-1]['top1']:.2f}%", file=sys.stderr, flush=True)
