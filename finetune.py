@@ -260,7 +260,8 @@ def parse_task_args(parser, evaluated):
     if given.task != "classify":
         check(given.data, f"--task {given.task} needs --data: the demonstration is of classes")
         of_classes = given.predict, given.classes, given.real_labels, given.directions != 4, given.pool != "mean"
-        check(not any(of_classes), "--predict, --classes, --real_labels, --directions and --pool are for --task classify")
+        check(not any(of_classes),
+              "--predict, --classes, --real_labels, --directions and --pool are for --task classify")
         check(given.task == "segment" or COCO, "--task detect needs pycocotools: pip install pycocotools")
     parser.set_defaults(**{**TASKS[given.task], **evaluated})
     recipes = {"classify": {**RECIPES, "demo": {**RECIPES["demo"], **evaluated}}, "detect": DETECTION, "segment": {}}

@@ -671,7 +671,7 @@ def test_a_fault_ends_every_process_with_its_traceback_and_no_hang(images, tmp_p
 
 
 def fault_in_a_loader_worker(module):
-    def transform(image):
+    def transform(image, label):
         raise RuntimeError("a genuine fault")
 
     module.v2.Compose = lambda transforms: transform
@@ -920,7 +920,7 @@ def test_a_fork_with_another_order_of_the_tokens_is_refused_in_the_same_folder(i
 def test_the_picture_has_three_rows_and_the_first_cluster_is_as_it_is_in_each(tmp_path):
     torch.manual_seed(0)
     model = pretrain.ARM(48, 8, 2, dim=16, depth=2, decoder_dim=64, decoder_depth=1)
-    drawings = pretrain.Images(pretrain.Drawings(16, 48, seed=0), torch.nn.Identity())
+    drawings = pretrain.Images(pretrain.Drawings(16, 48, seed=0), lambda *pair: pair)
     pretrain.save_picture(str(tmp_path / "picture.png"), model, drawings, torch.device("cpu"))
     pixels = pretrain.read_image(str(tmp_path / "picture.png")).int()
     assert pixels.shape == (3, 2 + 3 * 98, 2 + 8 * 98)  # each image is 96 pixels wide, and 2 apart
