@@ -413,9 +413,10 @@ def validation_images(args, classes, num_classes):
     """
     everything = torch.eye(num_classes, dtype=torch.bool)
     if not args.data:
-        check(num_classes == 10 and (not classes or classes == Drawings.classes), "without --data there is the "
+        source = Drawings(500, args.image_size, seed=2)
+        check(num_classes == 10 and (not classes or classes == source.classes), "without --data there is the "
               "demonstration alone, which has other classes than the checkpoint: give --data")
-        return Drawings(500, args.image_size, seed=2), everything, None, f"{num_classes} classes"
+        return source, everything, None, f"{num_classes} classes"
     folder = os.path.join(args.data, "val")
     folder = folder if os.path.isdir(folder) else args.data
     names = from_first_process(lambda: list_images(folder))
