@@ -797,7 +797,9 @@ def save_objects(path, model, dataset, device):
         if labels:
             masks = paste_masks_in_image(found["masks"], boxes, image.shape[1:])[:, 0] > 0.5  # (n, S, S)
             names = [f"{dataset.source.classes[k - 1]} {score:.0%}" for k, score in zip(labels, scores)]
-            image = draw_bounding_boxes(draw_segmentation_masks(image, masks, alpha=0.5), boxes, names)
+            colors = [f"hsl({137 * k % 360}, 100%, 60%)" for k in range(len(names))]
+            image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+            image = draw_bounding_boxes(image, boxes, names, colors)
         pictures.append(image / 255)
     model.train()
     with writing(path):

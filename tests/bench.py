@@ -40,7 +40,7 @@ from torchvision.transforms import InterpolationMode, v2
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import arm  # noqa: E402
-from arm import ARM, MODELS, ARMClassifier  # noqa: E402
+from arm import ARM, MODELS, ARMClassifier, ARMDetector, ARMSegmenter  # noqa: E402
 from finetune import train_transform  # noqa: E402
 from pretrain import (ImageFiles, Images, list_images, load, normalize, optimizer_step, parameter_groups,  # noqa: E402
                       prepare, start_processes)
@@ -140,12 +140,28 @@ def bench_scan(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def training_step(model, optimizer, images, labels, clip_grad):
+def training_step(model, optimizer, images, targets, clip_grad):
+    """targets: classes, or what a model takes that detects or segments."""
     with torch.autocast("cuda", torch.bfloat16):
-        output = model(images)
-    loss = output if output.ndim == 0 else F.cross_entropy(output.float(), labels)
+        output = model(images, targets) if hasattr(model, "pyramid") else model(images)
+    loss = output if output.ndim == 0 else F.cross_entropy(output.float(), targets)
     loss.backward()
     optimizer_step(model, optimizer, 1e-4, loss.detach(), clip_grad)
+
+
+def random_targets(work, batch, size):
+    """What the model of `work` is trained on: eight objects in each image, the class of each pixel, or of each image.
+    """
+    if work == "segment":
+        return torch.randint(150, (batch, size, size), dtype=torch.uint8)
+    if work != "detect":
+        return torch.randint(1000, (batch,))
+    boxes = torch.rand(8, 2).mul(0.6 * size).repeat(1, 2).int()
+    boxes[:, 2:] += torch.randint(size // 32, size * 3 // 8, (8, 2))
+    masks = torch.zeros(8, size, size, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.tolist()):
+        mask[top:bottom, left:right] = 1
+    return [dict(boxes=boxes.float(), labels=torch.randint(1, 81, (8,)), masks=masks)] * batch
 
 
 @torch.no_grad()
@@ -162,14 +178,18 @@ def bench_train(args):
     print("| --- " * 8 + "|")
     works = [("pretrain", "arm_base", 192, 256), ("finetune", "arm_base", 224, 128),
              ("pretrain", "arm_large", 192, 128), ("pretrain", "arm_huge", 192, 64), ("classify", "arm_base", 224, 256),
-             ("finetune 384", "arm_base", 384, 32)]
+             ("finetune 384", "arm_base", 384, 32), ("detect", "arm_base", 1024, 8), ("segment", "arm_base", 512, 16)]
+    kinds = dict(pretrain=ARM, detect=ARMDetector, segment=ARMSegmenter)
     for work, name, size, batch in works:
         if not re.search(args.only, f"{work} {name}"):
             continue
-        choices = [("triton", 1)] + [("mamba_ssm", 0)] * arm.mamba_ssm_installed()  # as the released code runs them
+        dense = work in ("detect", "segment")
+        choices = [("triton", 1)]
+        if arm.mamba_ssm_installed() and not dense:
+            choices.append(("mamba_ssm", 0))  # as the released code runs them
         if name == "arm_base" and work in ("pretrain", "finetune"):
             choices += [("torch", 0), ("vit_b_16", 1)]
-        if name == "arm_huge" or work == "finetune 384":
+        if name == "arm_huge" or work == "finetune 384" or dense:
             choices.append(("triton", 2))
         for choice, compiled in choices:
             by = {"vit_b_16": "ViT-B of torchvision", "triton": "ours", "mamba_ssm": "mamba-ssm's kernels",
@@ -189,12 +209,11 @@ def bench_train(args):
                     model.compile()
                 else:
                     os.environ["ARM_SCAN"] = choice
-                    model = (ARM if work == "pretrain" else ARMClassifier)(size, **MODELS[name])
-                    flops = matrix_flops(model, size)
+                    model = kinds.get(work, ARMClassifier)(size, **MODELS[name])
+                    flops = 0 if dense else matrix_flops(model, size)  # their heads are convolutions
                     prepare(model, SimpleNamespace(compile=compiled, accum_steps=1,
                                                    activation_checkpointing=compiled == 2))
-                images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
-            images, labels = images.to(device), labels.to(device)
+                images, targets = torch.randn(batch, 3, size, size), random_targets(work, batch, size)
             if work == "classify":
                 model.eval()
 
@@ -205,10 +224,10 @@ def bench_train(args):
                 optimizer = torch.optim.AdamW(groups, fused=True)
 
                 def step():
-                    training_step(model, optimizer, images, labels, 3.0 if work == "pretrain" else float("inf"))
+                    training_step(model, optimizer, images, targets, 3.0 if work == "pretrain" else float("inf"))
             ms = milliseconds(step, 2 if choice == "torch" else 15)
             share = ""
-            if choice != "vit_b_16":
+            if choice != "vit_b_16" and not dense:
                 share = f"{flops * batch / (3 if work == 'classify' else 1) / ms * 1000 / rate:.0%}"
             print(f"| {work} | {name} | {size}, {batch} | {by} | {batch / ms * 1000:,.0f} | {ms:.1f} | "
                   f"{torch.cuda.max_memory_allocated() / 2**30:.1f} | {share} |", flush=True)
