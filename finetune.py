@@ -43,7 +43,7 @@ from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, chec
 from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Images, Run, add_machine_flags,
                       end_with_a_sentence, from_first_process, gather, learning_rate, list_images, load, mean_and_std,
                       normalize, optimizer_step, parameter_groups, parse_args, prepare, process, seed_of, shuffled,
-                      start_processes, writing)
+                      start_processes, to_device, writing)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -52,6 +52,8 @@ RECIPES = {  # where the paper's recipe differs between models; it gives none fo
                  blr=1.6e-2, layer_decay=0.85, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
                  augment=0.0, crop_scale=0.6, workers=0, compile=0, drawings=160, out="runs/demo_finetune"),
 }
+
+
 def get_args(**evaluated):
     """The arguments. Those of the checkpoint to evaluate, if any, are then defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -104,53 +106,41 @@ def main():
         return evaluate_checkpoint(args.eval or args.predict, device)
 
     # Data
-    if args.task != "classify":
-        train_set, val_set = (dense_images(args, evaluate) for evaluate in (False, True))
-        train, val, classes = train_set.source, val_set.source, val_set.source.classes
-        check(train.classes == classes, f"in {args.data} the classes to train on are not those to evaluate on")
+    if args.task == "classify":
+        train_set, val_set, classes = classified_images(args)
     else:
-        train, val, classes = read_classes_of_images(args)
-        train_set = Images(train, train_transform(args), args.seed)
-        val_set = Images(val, eval_transform(args.image_size), replace=False)
+        train_set, val_set = (dense_images(args, train) for train in (True, False))
+        classes = val_set.source.classes
+        check(train_set.source.classes == classes, f"{args.data} has other classes to train on than to evaluate on")
 
     # Model
     torch.manual_seed(args.seed)
     model = make_model(args, len(classes)).to(device)
-    if not args.data and not args.init and os.path.exists("runs/demo_pretrain/last.pth"):
-        args.init = "runs/demo_pretrain/last.pth"
-    args.init = args.init or "none"
-    run = Run(args, model, train, device, classes)
+    run = Run(args, model, train_set.source, device, classes)
     if args.init != "none" and not run.checkpoint:
         from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(group["lr_scale"] > 0)
-    if device.type == "cuda" and process()[1] > 1:  # it has no CPU version
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     prepare(model, args)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
-    ema = None
-    if args.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay)) if args.ema_decay else None
+    if ema:
         ema.update_parameters(model)  # the first call copies: the average starts from the initial weights
         prepare(ema.module, args)
-    best = {}
     if run.checkpoint:
         model.load_state_dict(run.checkpoint["model"])
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
         if ema:
             ema.module.load_state_dict(run.checkpoint["model_ema"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        best = run.checkpoint["best"]
+    best = run.checkpoint.get("best", {})
     steps, span = args.epochs * run.steps_per_epoch, 1 / max(1 - args.ema_decay, 1e-9)
     late = f"; the average of the weights spans {span:,.0f} steps, more than the run has" if span > steps else ""
     run.start(f"{args.model} from {'scratch' if args.init == 'none' else args.init}, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters{late}; {len(val):,} validation images, "
-              f"{len(classes)} classes")
+              f"{sum(p.numel() for p in model.parameters()):,} parameters{late}; {len(val_set):,} validation "
+              f"images, {len(classes)} classes")
 
     # Training
-    batches = load(train_set, shuffled(len(train), args, run.step), args.workers, device)
+    batches = load(train_set, shuffled(len(train_set), args, run.step), args.workers, device)
     mixes = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
     mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(classes)) for kind, alpha in mixes if alpha]
                           or [v2.Identity()])
@@ -160,11 +150,7 @@ def main():
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accum_steps):
             images, targets, unreadable = next(batches)
-            images = normalize(images, device)
-            if args.task == "detect":
-                targets = [{name: t.to(device, non_blocking=True) for name, t in one.items()} for one in targets]
-            else:
-                targets = targets.to(device, non_blocking=True)
+            images, targets = normalize(images, device), to_device(targets, device)
             ddp.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP adds gradients up in the last
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 if args.task == "classify":  # its targets are mixed and smoothed: training's choice, not the model's
@@ -185,7 +171,7 @@ def main():
                 results, left_out = evaluate_task(model, val_set, args, device)
                 ema_results, _ = evaluate_task(ema.module, val_set, args, device) if ema else ({}, None)
                 run.log_epoch(lr=lr, **results, **{f"ema_{name}": value for name, value in ema_results.items()},
-                              unreadable_val=[val.name(i) for i in left_out])
+                              unreadable_val=[val_set.source.name(i) for i in left_out])
                 metric = [*results][0]
                 for name, found in (("the weights", results), ("their average", ema_results)):
                     if found and not found[metric] <= best.get(metric, -2):  # also where it is no number
@@ -216,17 +202,15 @@ def make_model(args, num_classes):
                 drop_path=args.drop_path, **pool)
 
 
-def dense_images(args, evaluate):
-    """The images to detect or segment, to train on or to evaluate on, with their targets, as Images."""
+def dense_images(args, train):
+    """The images to train on, or those to evaluate on, with their objects or labels, as Images."""
     if args.task == "detect":
-        source = from_first_process(lambda: CocoFiles(args.data, "val2017" if evaluate else "train2017"))
-        transform = functools.partial(pad_to_square if evaluate else jitter_objects, args.image_size)
+        kind, part = CocoFiles, "train2017" if train else "val2017"
+        transform = functools.partial(jitter_objects if train else pad_to_square, args.image_size)
     else:
-        source = from_first_process(lambda: SceneFiles(args.data, "validation" if evaluate else "training"))
-        transform = segmentation_augment(args.image_size)
-        if evaluate:
-            transform = functools.partial(resize_image, args.image_size)
-    return Images(source, transform, args.seed, replace=not evaluate)
+        kind, part = SceneFiles, "training" if train else "validation"
+        transform = segmentation_augment(args.image_size) if train else functools.partial(resize_image, args.image_size)
+    return Images(from_first_process(lambda: kind(args.data, part)), transform, args.seed, replace=train)
 
 
 def evaluate_task(model, dataset, args, device):
@@ -263,9 +247,8 @@ def parse_task_args(parser, evaluated):
         check(not any(of_classes),
               "--predict, --classes, --real_labels, --directions and --pool are for --task classify")
         check(given.task == "segment" or COCO, "--task detect needs pycocotools: pip install pycocotools")
-    parser.set_defaults(**{**TASKS[given.task], **evaluated})
-    recipes = {"classify": {**RECIPES, "demo": {**RECIPES["demo"], **evaluated}}, "detect": DETECTION, "segment": {}}
-    args = parse_args(parser, recipes[given.task])
+    parser.set_defaults(**TASKS[given.task])
+    args = parse_args(parser, dict(classify=RECIPES, detect=DETECTION, segment={})[given.task], **evaluated)
     together = args.batch_size // args.accum_steps // (1 if args.device == "cuda" else process()[1])
     check(args.task != "segment" or args.eval or together > 1, "--task segment has batch norm, which needs two images "
           "or more at a time: choose a larger --batch_size or a smaller --accum_steps")
@@ -276,6 +259,8 @@ def parse_task_args(parser, evaluated):
     peak = args.blr * args.batch_size / 256
     check(args.eval or args.min_lr <= peak, f"--min_lr {args.min_lr:g} is above the peak learning rate, --blr x "
                                             f"--batch_size / 256 = {peak:g}")
+    demonstration = "runs/demo_pretrain/last.pth"
+    args.init = args.init or (demonstration if not args.data and os.path.exists(demonstration) else "none")
     return args
 
 
@@ -319,11 +304,11 @@ def evaluation_batches(dataset, args, device, size=None):
     size = size or max(64, args.batch_size // (processes * args.accum_steps))
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     return zip(batches, tqdm(load(dataset, batches, args.workers, device), "evaluating", len(batches), leave=False,
-                             disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 10))
+                             disable=rank > 0 or not sys.stderr.isatty()))
 
 
 def evaluate_checkpoint(path, device):
-    """Print the accuracy of a checkpoint's weights and, where it has one, of their average; or, to --predict, what
+    """Print the results of a checkpoint's weights and, where it has one, of their average; or, to --predict, what
     classes they see in images without labels.
     """
     made = from_first_process(lambda: describe(path))
@@ -332,39 +317,32 @@ def evaluate_checkpoint(path, device):
     check(args.task == its_task, f"{path} was finetuned to {its_task}, not to {args.task}: give --task {its_task}")
     model = make_model(args, made["num_classes"]).to(device)
     prepare(model, args)
-    if args.task != "classify":
-        return evaluate_dense_checkpoint(path, model, made, args, device)
     classes = from_first_process(lambda: read_classes(args.classes)) if args.classes else made["classes"]
     check(classes is None or len(classes) == made["num_classes"], f"{args.classes} names {len(classes or [])} classes, "
                                                                   f"and {path} has {made['num_classes']}")
     if args.predict:
         load_everywhere(model, path, made["best_is_ema"])
         return predict(model, classes or range(made["num_classes"]), args, device)
-    source, right, among, protocol = validation_images(args, classes, made["num_classes"])
-    dataset = Images(source, eval_transform(args.image_size), replace=False)
+    if args.task == "classify":
+        source, right, among, protocol = validation_images(args, classes, made["num_classes"])
+        dataset = Images(source, eval_transform(args.image_size), replace=False)
+    else:
+        dataset, protocol = dense_images(args, train=False), f"{made['num_classes']} classes"
+        check(dataset.source.classes == classes, f"{path} was finetuned on other classes than those of {args.data}")
     for ema in (False, True) if made["has_ema"] else (False,):
         load_everywhere(model, path, ema)
         started = time.monotonic()
-        results, left_out = evaluate(model, dataset, right, args, device, among)
+        if args.task == "classify":
+            results, left_out = evaluate(model, dataset, right, args, device, among)
+            top5 = f"top-5 {results['top5']:.2f}%, " if "top5" in results else ""
+            told = f"top-1 {results['top1']:.2f}%, {top5}loss {results['val_loss']:.4f}"
+        else:
+            results, left_out = evaluate_task(model, dataset, args, device)
+            told = json.dumps(results)
         speed = len(dataset) / (time.monotonic() - started)
         if process()[0] == 0:
-            top5 = f"top-5 {results['top5']:.2f}%, " if "top5" in results else ""
-            print(f"{'EMA' if ema else 'Model'}: top-1 {results['top1']:.2f}%, {top5}loss {results['val_loss']:.4f} "
-                  f"over {len(dataset) - len(left_out):,} images, {protocol}; {speed:,.0f} images/s")
-    if process()[0] == 0:
-        for i in left_out:
-            print(f"Cannot decode {source.name(i)}: it is left out.")
-
-
-def evaluate_dense_checkpoint(path, model, made, args, device):
-    """Print all results of a checkpoint that detects or segments, and those of the average of its weights, if any."""
-    dataset = dense_images(args, evaluate=True)
-    check(dataset.source.classes == made["classes"], f"{path} was finetuned on other classes than those of {args.data}")
-    for ema in (False, True) if made["has_ema"] else (False,):
-        load_everywhere(model, path, ema)
-        results, left_out = evaluate_task(model, dataset, args, device)
-        if process()[0] == 0:
-            print(f"{'EMA' if ema else 'Model'}: {json.dumps(results)} over {len(dataset) - len(left_out):,} images")
+            print(f"{'EMA' if ema else 'Model'}: {told} over {len(dataset) - len(left_out):,} images, {protocol}; "
+                  f"{speed:,.0f} images/s")
     if process()[0] == 0:
         for i in left_out:
             print(f"Cannot decode {dataset.source.name(i)}: it is left out.")
@@ -506,17 +484,19 @@ def predict(model, classes, args, device):
 # Classes: images, and their augmentation
 
 
-def read_classes_of_images(args):
-    """The sources to train on and to evaluate on, and the names of the classes; or the demonstration's."""
-    if not args.data:
+def classified_images(args):
+    """The images to train on, those to evaluate on, as Images, and the names of the classes; or the demonstration's."""
+    if args.data:
+        classes, *names = from_first_process(lambda: find_images(args.data))
+        check(len(classes) > 1, f"{args.data}/train has one class alone, {classes[0]}: there is nothing to tell apart")
+        index = {name: i for i, name in enumerate(classes)}
+        train, val = (ImageFiles(os.path.join(args.data, part), its_names, labels_of(its_names, index))
+                      for part, its_names in zip(("train", "val"), names))
+    else:
         train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(500, args.image_size, seed=2)
-        return train, val, train.classes
-    classes, *names = from_first_process(lambda: find_images(args.data))
-    check(len(classes) > 1, f"{args.data}/train has one class alone, {classes[0]}: there is nothing to tell apart")
-    index = {name: i for i, name in enumerate(classes)}
-    train, val = (ImageFiles(os.path.join(args.data, part), part_names, labels_of(part_names, index))
-                  for part, part_names in zip(("train", "val"), names))
-    return train, val, classes
+        classes = train.classes
+    return (Images(train, train_transform(args), args.seed),
+            Images(val, eval_transform(args.image_size), replace=False), classes)
 
 
 def find_images(folder):
@@ -525,8 +505,7 @@ def find_images(folder):
     """
     train, val = (list_images(os.path.join(folder, part)) for part in ("train", "val"))
     classes = classes_of(train, os.path.join(folder, "train"))
-    of_val = classes_of(val, os.path.join(folder, "val"))
-    unknown = sorted({*of_val} - {*classes})
+    unknown = sorted({*classes_of(val, os.path.join(folder, "val"))} - {*classes})
     check(not unknown, f"{folder}/val has {len(unknown)} classes that {folder}/train has not, such as "
                        f"{', '.join(unknown[:1])}: a class needs training images")
     return classes, train, val

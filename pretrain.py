@@ -210,11 +210,12 @@ MAY_CHANGE = {"data", "out", "workers", "accum_steps", "activation_checkpointing
 DEFAULTS = {}  # of the flags, for checkpoints that do not know them all
 
 
-def parse_args(parser, recipes):
-    """The arguments; the model's recipe, or without --data the demonstration's, changes the defaults."""
+def parse_args(parser, recipes, **known):
+    """The arguments; defaults are the model's recipe's, those of the demonstration without --data, or `known`."""
     args, _ = parser.parse_known_args()
+    demo = {} if args.data else recipes["demo"]
     on_cpu = {"compile": 0} if args.device == "cpu" else {}
-    parser.set_defaults(**{**recipes.get(args.model, {}), **({} if args.data else recipes["demo"]), **on_cpu})
+    parser.set_defaults(**{**recipes.get(args.model, {}), **demo, **on_cpu, **known})
     args = parser.parse_args()
     DEFAULTS.update(vars(parser.parse_args([])))
     for name, value in vars(args).items():
@@ -395,6 +396,13 @@ def normalize(images, device):
     return (images.to(device, non_blocking=True).float() / 255 - mean) / std
 
 
+def to_device(targets, device):
+    """A tensor, or a list of dictionaries of tensors."""
+    if isinstance(targets, list):
+        return [{name: t.to(device, non_blocking=True) for name, t in one.items()} for one in targets]
+    return targets.to(device, non_blocking=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
 
@@ -403,7 +411,8 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
     """The optimiser's groups: weight decay for all but biases, norms, D, positions and CLS; layer-wise learning rates.
 
     With n = depth + 1, a parameter of layer g has its rate multiplied by layer_decay ** (n - g): the embeddings are
-    layer 0, block i is i + 1, all after the blocks is n. Groups have "names", "lr_scale" and "weight_decay".
+    layer 0, block i is i + 1, all after the blocks is n. Groups have "names", "lr_scale" and "weight_decay". Parameters
+    of rate 0 are frozen.
     """
     n, groups = len(model.layers) + 1, {}
     for name, parameter in model.named_parameters():
@@ -414,6 +423,7 @@ def parameter_groups(model, weight_decay, layer_decay=1.0):
         group = groups.setdefault(key, dict(params=[], names=[], lr_scale=key[0], weight_decay=key[1]))
         group["params"].append(parameter)
         group["names"].append(name)
+        parameter.requires_grad_(group["lr_scale"] > 0)
     return list(groups.values())
 
 
@@ -448,7 +458,8 @@ def optimizer_step(model, optimizer, lr, loss, clip_grad=math.inf):
 
 
 def prepare(model, args):
-    """Compile the model, and have activations recomputed, where args say so.
+    """Compile the model, and have activations recomputed, where args say so; and take the statistics of batch norm over
+    all processes.
 
     On one machine it is compiled whole, and on GPUs replayed as CUDA graphs, so that Python launches a graph and not
     each kernel; but not where gradients are accumulated, since a graph writes its gradients over those of the
@@ -457,6 +468,8 @@ def prepare(model, args):
     """
     for block in model.layers:
         block.recompute = args.activation_checkpointing
+    if process()[1] > 1 and model.pos_embed.is_cuda:  # there is none for CPUs
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
         torch._dynamo.config.recompile_limit = 64  # blocks share it: each rate of drop path is a version, each batch
