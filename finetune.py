@@ -23,7 +23,6 @@ import math
 import os
 import re
 import sys
-import time
 
 import numpy as np
 import torch
@@ -331,7 +330,6 @@ def evaluate_checkpoint(path, device):
         check(dataset.source.classes == classes, f"{path} was finetuned on other classes than those of {args.data}")
     for ema in (False, True) if made["has_ema"] else (False,):
         load_everywhere(model, path, ema)
-        started = time.monotonic()
         if args.task == "classify":
             results, left_out = evaluate(model, dataset, right, args, device, among)
             top5 = f"top-5 {results['top5']:.2f}%, " if "top5" in results else ""
@@ -339,10 +337,8 @@ def evaluate_checkpoint(path, device):
         else:
             results, left_out = evaluate_task(model, dataset, args, device)
             told = json.dumps(results)
-        speed = len(dataset) / (time.monotonic() - started)
         if process()[0] == 0:
-            print(f"{'EMA' if ema else 'Model'}: {told} over {len(dataset) - len(left_out):,} images, {protocol}; "
-                  f"{speed:,.0f} images/s")
+            print(f"{'EMA' if ema else 'Model'}: {told} over {len(dataset) - len(left_out):,} images, {protocol}")
     if process()[0] == 0:
         for i in left_out:
             print(f"Cannot decode {dataset.source.name(i)}: it is left out.")
