@@ -22,7 +22,7 @@ import json
 import math
 import os
 import re
-import sys
+import time
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, chec
 from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Images, Run, add_machine_flags,
                       end_with_a_sentence, from_first_process, gather, learning_rate, list_images, load, mean_and_std,
                       normalize, optimizer_step, parameter_groups, parse_args, prepare, process, seed_of, shuffled,
-                      start_processes, to_device, writing)
+                      start_processes, writing)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -57,15 +57,12 @@ def get_args(**evaluated):
     """The arguments. Those of the checkpoint to evaluate, if any, are then defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     flag = parser.add_argument
-    flag("--task", choices=["classify", "detect", "segment"], default="classify", help="classes of images, Mask R-CNN "
-         "or UPerNet")
+    flag("--task", choices=["classify", "detect", "segment"], default="classify", help="which head to train")
     flag("--data", help="the folder of images and their classes or annotations. Without it, the demonstration")
-    flag("--init", help="pretrained weights, a file or URL; without it, or with none, from scratch; the demonstration "
-         "looks for its own pretraining first")
+    flag("--init", help="pretrained weights, a file or URL, or none; by default none, or the demonstration's own")
     flag("--eval", help="evaluate these weights, a file or URL, on val/, or on class folders in --data, and stop")
     flag("--predict", help="tell what these weights see in --data, an image or a folder of images, and stop")
-    flag("--classes", help="names of the classes of --eval or --predict, where the file has none: a text, or a folder "
-         "of class folders")
+    flag("--classes", help="names of these weights' classes, where they have none: a text, or a folder of folders")
     flag("--real_labels", help="evaluate by ImageNet-ReaL's labels, its real.json")
     flag("--out", default="runs/finetune", help="where the run goes; one that is there is continued")
     flag("--model", choices=MODELS, default="arm_base", help="size")
@@ -105,12 +102,7 @@ def main():
         return evaluate_checkpoint(args.eval or args.predict, device)
 
     # Data
-    if args.task == "classify":
-        train_set, val_set, classes = classified_images(args)
-    else:
-        train_set, val_set = (dense_images(args, train) for train in (True, False))
-        classes = val_set.source.classes
-        check(train_set.source.classes == classes, f"{args.data} has other classes to train on than to evaluate on")
+    train_set, val_set, classes = classified_images(args) if args.task == "classify" else dense_images(args)
 
     # Model
     torch.manual_seed(args.seed)
@@ -140,9 +132,7 @@ def main():
 
     # Training
     batches = load(train_set, shuffled(len(train_set), args, run.step), args.workers, device)
-    mixes = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
-    mix = v2.RandomChoice([kind(alpha=alpha, num_classes=len(classes)) for kind, alpha in mixes if alpha]
-                          or [v2.Identity()])
+    mix = mixup_or_cutmix(args, len(classes))
     while run.step < steps:
         lr = learning_rate(run.step / run.steps_per_epoch, args, args.min_lr, args.schedule)
         torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of mixing, stochastic depth and all in heads
@@ -157,9 +147,8 @@ def main():
                     loss = F.cross_entropy(ddp(images).float(), targets, label_smoothing=args.smoothing)
                 else:
                     loss = ddp(images, targets)
-            loss = loss / args.accum_steps
-            loss.backward()
-            step_loss += loss.detach()
+            (loss / args.accum_steps).backward()
+            step_loss += loss.detach() / args.accum_steps
             run.unreadable += unreadable[unreadable >= 0].tolist()
         optimizer_step(ddp, optimizer, lr, step_loss)
         if ema:
@@ -187,11 +176,18 @@ def main():
                     run.save("best.pth", **weights)
                 run.save(**weights, optimizer=optimizer.state_dict())
             run.stop_if_interrupted()
-    metric, chance = "top-1 accuracy", f" (chance: {100 / len(classes):.3g}%)"
-    if args.task != "classify":
-        metric, chance = [*best][0], ""
-    run.end(f"The best {metric} was {[*best.values()][0]:.2f}%{chance}, of {best['of']} after epoch "
-            f"{best['epoch']}: {args.out}/best.pth; every epoch's results in {args.out}/log.jsonl.")
+    (metric, value), chance = [*best.items()][0], ""
+    if args.task == "classify":
+        metric, chance = "top-1 accuracy", f" (chance: {100 / len(classes):.3g}%)"
+    run.end(f"The best {metric} was {value:.2f}%{chance}, of {best['of']} after epoch {best['epoch']}: "
+            f"{args.out}/best.pth; every epoch's results in {args.out}/log.jsonl.")
+
+
+def to_device(targets, device):
+    """A tensor, or a list of dictionaries of tensors."""
+    if isinstance(targets, list):
+        return [{name: t.to(device, non_blocking=True) for name, t in one.items()} for one in targets]
+    return targets.to(device, non_blocking=True)
 
 
 def make_model(args, num_classes):
@@ -201,8 +197,15 @@ def make_model(args, num_classes):
                 drop_path=args.drop_path, **pool)
 
 
-def dense_images(args, train):
-    """The images to train on, or those to evaluate on, with their objects or labels, as Images."""
+def dense_images(args):
+    """The images to train on and those to evaluate on, with objects or labels, as Images; and their classes."""
+    train, val = dense_part(args, train=True), dense_part(args, train=False)
+    classes = val.source.classes
+    check(train.source.classes == classes, f"{args.data} has other classes to train on than to evaluate on")
+    return train, val, classes
+
+
+def dense_part(args, train):
     if args.task == "detect":
         kind, part = CocoFiles, "train2017" if train else "val2017"
         transform = functools.partial(jitter_objects if train else pad_to_square, args.image_size)
@@ -212,13 +215,14 @@ def dense_images(args, train):
     return Images(from_first_process(lambda: kind(args.data, part)), transform, args.seed, replace=train)
 
 
-def evaluate_task(model, dataset, args, device):
+def evaluate_task(model, dataset, args, device, right=None):
     """The task's results, a dictionary, and the indices of images that could not be decoded and so were left out."""
     if args.task == "detect":
         return evaluate_detector(model, dataset, args, device)
     if args.task == "segment":
         return evaluate_segmenter(model, dataset, args, device)
-    return evaluate(model, dataset, torch.eye(model.head.out_features).bool(), args, device)
+    right = torch.eye(model.head.out_features).bool() if right is None else right
+    return evaluate(model, dataset, right, args, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,77 +271,83 @@ def parse_task_args(parser, evaluated):
 # Evaluation; the first function and the last ones are for classes
 
 
-@torch.no_grad()
-def evaluate(model, dataset, right, args, device, among=None):
+def evaluate(model, dataset, right, args, device):
     """Top-1 and, of more than five classes, top-5 accuracy in percent and the mean cross-entropy, over every image once
     on any number of processes. Images that cannot be decoded are left out. Returns (results, indices left out).
 
-    right: (labels, classes), true where a class of the model's is right for a label of the data's; among: (classes,),
-    true for those that predictions are taken from, by default those that are right for any label.
+    right: (labels, classes), true where a class of the model's is right for a label of the data's. Predictions are
+    taken from the classes that are right for any label.
     """
-    right, among = right.to(device), (right.any(dim=0) if among is None else among).to(device)
-    totals, left_out = torch.zeros(4, dtype=torch.float64, device=device), []
-    model.eval()
-    for _, (images, labels, unreadable) in evaluation_batches(dataset, args, device):
-        left_out += unreadable[unreadable >= 0].tolist()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(normalize(images, device)).float()  # (B, classes)
-        readable = labels.to(device, non_blocking=True) >= 0
-        logits = logits[readable].masked_fill(~among, -math.inf)
-        its_right = right[labels.to(device)[readable]]  # (B, classes)
+    right, left_out = right.to(device), []
+    among, totals = right.any(dim=0), torch.zeros(4, dtype=torch.float64, device=device)
+    for _, logits, labels in predictions(model, dataset, left_out, args, device):
+        labels = labels.to(device)
+        readable = labels >= 0
+        logits = logits[readable].float().masked_fill(~among, -math.inf)  # (B, classes)
+        its_right = right[labels[readable]]  # (B, classes)
         hit = its_right.gather(1, logits.topk(min(5, logits.shape[1])).indices)  # (B, 5)
         loss = -logits.log_softmax(dim=1).masked_fill(~its_right, -math.inf).logsumexp(dim=1)
         totals += torch.stack([hit[:, 0].sum(), hit.any(dim=1).sum(), loss.sum(), readable.sum()])
-    model.train()
     dist.all_reduce(totals)
-    top1, top5, loss, count = totals.tolist()
-    top5 = dict(top5=100 * top5 / max(count, 1)) if among.sum() > 5 else {}
-    return dict(top1=100 * top1 / max(count, 1), **top5, val_loss=loss / max(count, 1)), sorted(gather(left_out))
+    top1, top5, loss = (totals[:3] / totals[3].clamp(min=1)).tolist()
+    top5 = dict(top5=100 * top5) if among.sum() > 5 else {}
+    return dict(top1=100 * top1, **top5, val_loss=loss), sorted(gather(left_out))
 
 
-def evaluation_batches(dataset, args, device, size=None):
-    """This process's share of a data set: its keys and its images, batch by batch, `size` images in each."""
+@torch.no_grad()
+def predictions(model, dataset, left_out, args, device, size=None, forward=None):
+    """This process's share of a data set, `size` images at a time: their indices, what the model (or forward(images))
+    gives, and their targets. Indices of images that cannot be decoded are appended to left_out.
+    """
     rank, processes = process()
     mine = [(0, i) for i in range(rank, len(dataset), processes)]
     # Without gradients so many images of one object fit, and fewer are slow.
     size = size or max(64, args.batch_size // (processes * args.accum_steps))
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    return zip(batches, tqdm(load(dataset, batches, args.workers, device), "evaluating", len(batches), leave=False,
-                             disable=rank > 0 or not sys.stderr.isatty()))
+    loaded = tqdm(load(dataset, batches, args.workers, device), "evaluating", len(batches), leave=False,
+                  disable=True if rank else None)  # None: where there is no terminal
+    model.eval()
+    for keys, (images, targets, unreadable) in zip(batches, loaded):
+        left_out += unreadable[unreadable >= 0].tolist()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            outputs = (forward or model)(normalize(images, device))
+        yield [i for _, i in keys], outputs, targets
+    model.train()
 
 
 def evaluate_checkpoint(path, device):
     """Print the results of a checkpoint's weights and, where it has one, of their average; or, to --predict, what
-    classes they see in images without labels.
+    classes the better of them see in images without labels.
     """
     made = from_first_process(lambda: describe(path))
-    args = get_args(**made["sizes"])
+    args, num_classes = get_args(**made["sizes"]), made["num_classes"]
     its_task = made["sizes"].get("task", "classify")
     check(args.task == its_task, f"{path} was finetuned to {its_task}, not to {args.task}: give --task {its_task}")
-    model = make_model(args, made["num_classes"]).to(device)
+    model = make_model(args, num_classes).to(device)
     prepare(model, args)
     classes = from_first_process(lambda: read_classes(args.classes)) if args.classes else made["classes"]
-    check(classes is None or len(classes) == made["num_classes"], f"{args.classes} names {len(classes or [])} classes, "
-                                                                  f"and {path} has {made['num_classes']}")
+    check(classes is None or len(classes) == num_classes, f"{args.classes} names {len(classes or [])} classes, and "
+                                                          f"{path} has {num_classes}")
     if args.predict:
         load_everywhere(model, path, made["best_is_ema"])
-        return predict(model, classes or range(made["num_classes"]), args, device)
+        return predict(model, classes or range(num_classes), args, device)
     if args.task == "classify":
-        source, right, among, protocol = validation_images(args, classes, made["num_classes"])
+        source, right, protocol = validation_images(args, classes, num_classes)
         dataset = Images(source, eval_transform(args.image_size), replace=False)
     else:
-        dataset, protocol = dense_images(args, train=False), f"{made['num_classes']} classes"
+        dataset, right, protocol = dense_part(args, train=False), None, f"{num_classes} classes"
         check(dataset.source.classes == classes, f"{path} was finetuned on other classes than those of {args.data}")
     for ema in (False, True) if made["has_ema"] else (False,):
         load_everywhere(model, path, ema)
+        started = time.monotonic()
+        results, left_out = evaluate_task(model, dataset, args, device, right)
+        speed = len(dataset) / (time.monotonic() - started)
+        told = json.dumps(results)
         if args.task == "classify":
-            results, left_out = evaluate(model, dataset, right, args, device, among)
             top5 = f"top-5 {results['top5']:.2f}%, " if "top5" in results else ""
             told = f"top-1 {results['top1']:.2f}%, {top5}loss {results['val_loss']:.4f}"
-        else:
-            results, left_out = evaluate_task(model, dataset, args, device)
-            told = json.dumps(results)
         if process()[0] == 0:
+            print(f"Evaluated at {speed:,.0f} images/s.")
             print(f"{'EMA' if ema else 'Model'}: {told} over {len(dataset) - len(left_out):,} images, {protocol}")
     if process()[0] == 0:
         for i in left_out:
@@ -383,30 +393,30 @@ def read_classes(file_or_folder):
 
 def validation_images(args, classes, num_classes):
     """The images of --data, in class folders that stand in val/ or in the folder itself, and how to count them:
-    (source, right, among) as evaluate takes them, and that protocol in words.
+    (source, right), of which evaluate takes the second, and that protocol in words.
     """
     everything = torch.eye(num_classes, dtype=torch.bool)
     if not args.data:
         source = Drawings(500, args.image_size, seed=2)
         check(num_classes == 10 and (not classes or classes == source.classes), "without --data there is the "
               "demonstration alone, which has other classes than the checkpoint: give --data")
-        return source, everything, None, f"{num_classes} classes"
+        return source, everything, f"{num_classes} classes"
     folder = os.path.join(args.data, "val")
     folder = folder if os.path.isdir(folder) else args.data
     names = from_first_process(lambda: list_images(folder))
     if args.real_labels:
         names, right = from_first_process(lambda: read_real_labels(args.real_labels, names, num_classes))
-        return ImageFiles(folder, names, range(len(names))), right, everything[0] | True, "by their ReaL labels"
+        right = torch.cat([right, right.new_ones(1, num_classes)])  # no image's: predictions are from all classes
+        return ImageFiles(folder, names, range(len(names))), right, "by their ReaL labels"
     its_own = classes_of(names, folder)
     train = os.path.join(args.data, "train")  # of whose classes val/ may have a part
     beside = read_classes(train) if os.path.isdir(train) else []
     choice = in_order({*its_own, *(name for name in beside if not classes or name in classes)})
-    index = dict(zip(choice, class_indices(choice, classes, num_classes)))
-    among = torch.zeros(num_classes, dtype=torch.bool).index_fill(0, torch.tensor([*index.values()]), True)
+    right = everything[[*class_indices(choice, classes, num_classes)]]
     protocol = f"{num_classes:,} classes"
-    if not among.all():
+    if len(choice) < num_classes:
         protocol = f"of {len(choice):,} of {protocol}, from which predictions are taken"
-    return ImageFiles(folder, names, labels_of(names, index)), everything, among, protocol
+    return ImageFiles(folder, names, labels_of(names, choice)), right, protocol
 
 
 def class_indices(names, classes, num_classes):
@@ -444,7 +454,6 @@ def read_real_labels(path, names, num_classes):
     return [name for name, counts in zip(names, known.tolist()) if counts], right[known]
 
 
-@torch.no_grad()
 def predict(model, classes, args, device):
     """The five classes that an image most likely is of, with their probabilities: of one image on the screen, of the
     images in a folder as --out/predictions.csv.
@@ -453,14 +462,12 @@ def predict(model, classes, args, device):
     folder, name = os.path.split(args.data) if one else (args.data, "")
     names = [name] if one else from_first_process(lambda: list_images(folder))
     dataset = Images(ImageFiles(folder, names), eval_transform(args.image_size), replace=False)
-    rows = []
-    model.eval()
-    for keys, (images, _, unreadable) in evaluation_batches(dataset, args, device):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found = model(normalize(images, device)).float().softmax(dim=1).topk(min(5, len(classes)))
-        for (_, i), bad, best, shares in zip(keys, unreadable.tolist(), found.indices.tolist(), found.values.tolist()):
+    most, rows, unreadable = min(5, len(classes)), [], []
+    for indices, logits, _ in predictions(model, dataset, unreadable, args, device):
+        found = logits.float().softmax(dim=1).topk(most)
+        for i, best, shares in zip(indices, found.indices.tolist(), found.values.tolist()):
             row = [f"{value}" for k, share in zip(best, shares) for value in (classes[k], f"{share:.4f}")]
-            rows.append((i, *(row if bad < 0 else ["cannot be decoded"])))
+            rows.append((i, *(["cannot be decoded"] if i in unreadable else row)))
     rows = [[dataset.source.name(i), *row] for i, *row in sorted(gather(rows))]
     if process()[0] > 0:
         return
@@ -471,7 +478,7 @@ def predict(model, classes, args, device):
     path = os.path.join(args.out, "predictions.csv")
     os.makedirs(args.out, exist_ok=True)
     with writing(path), open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        header = (f"{what}_{k}" for k in range(1, 1 + min(5, len(classes))) for what in ("class", "probability"))
+        header = (f"{what}_{k}" for k in range(1, 1 + most) for what in ("class", "probability"))
         csv.writer(file).writerows([["image", *header], *rows])
     print(f"{len(rows):,} images: {path}")
 
@@ -485,8 +492,7 @@ def classified_images(args):
     if args.data:
         classes, *names = from_first_process(lambda: find_images(args.data))
         check(len(classes) > 1, f"{args.data}/train has one class alone, {classes[0]}: there is nothing to tell apart")
-        index = {name: i for i, name in enumerate(classes)}
-        train, val = (ImageFiles(os.path.join(args.data, part), its_names, labels_of(its_names, index))
+        train, val = (ImageFiles(os.path.join(args.data, part), its_names, labels_of(its_names, classes))
                       for part, its_names in zip(("train", "val"), names))
     else:
         train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(500, args.image_size, seed=2)
@@ -520,16 +526,24 @@ def in_order(classes):
     return sorted(classes, key=int if all(name.isdecimal() for name in classes) else None)
 
 
-def labels_of(names, index):
-    """The label of each image: the index of the folder that it stands in."""
-    return [index[name.split(os.sep)[0]] for name in names]
+def labels_of(names, classes):
+    """The label of each image: the place among the classes of the folder that it stands in."""
+    label = {name: i for i, name in enumerate(classes)}
+    return [label[name.split(os.sep)[0]] for name in names]
 
 
 def train_transform(args):
     """The recipe's augmentation of one image, uint8 to uint8; Mixup and CutMix follow on the batch."""
     crop = v2.RandomResizedCrop(args.image_size, scale=(args.crop_scale, 1), interpolation=InterpolationMode.BICUBIC)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *([RandAugment(args.augment)] if args.augment else []),
-                       *([RandomErasing(args.erasing)] if args.erasing else [])])
+    augment = RandAugment(args.augment) if args.augment else v2.Identity()
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), augment, RandomErasing(args.erasing)])
+
+
+def mixup_or_cutmix(args, num_classes):
+    """What changes a batch: (images, labels) -> (images, labels, or their shares (B, classes))."""
+    mixes = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
+    return v2.RandomChoice([kind(alpha=alpha, num_classes=num_classes) for kind, alpha in mixes if alpha]
+                           or [v2.Identity()])
 
 
 def eval_transform(image_size):
@@ -604,12 +618,9 @@ class RandomErasing(v2.RandomErasing):
     and clipped to the range of a pixel.
     """
 
-    def __init__(self, p):
-        super().__init__(p=p, value="random")
-
     def make_params(self, flat_inputs):
         params = super().make_params(flat_inputs)
-        if params["v"] is not None:
+        if params["v"] is not None:  # None: nothing is erased
             mean, std = mean_and_std(torch.device("cpu"))
             noise = torch.randn(3, params["h"], params["w"]) * std + mean
             params["v"] = (noise * 255).round().clamp(0, 255).byte()
@@ -709,20 +720,15 @@ def pad_to_square(size, image, _):
     return square, dict(size=own, scale=[own[1] / width, own[0] / height] * 2)
 
 
-@torch.no_grad()
 def evaluate_detector(model, dataset, args, device):
     """COCO's numbers (average_precision) over all images on any number of processes. Those that cannot be decoded are
     left out. Returns (results, indices left out).
     """
     found, left_out, source = [], [], dataset.source
-    model.eval()
     size = min(8, args.batch_size // (process()[1] * args.accum_steps)) or 1
-    for keys, (images, targets, unreadable) in evaluation_batches(dataset, args, device, size):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            detections = model(normalize(images, device))
-        for (_, i), bad, target, one in zip(keys, unreadable.tolist(), targets, detections):
-            if bad >= 0:
-                left_out.append(i)
+    for indices, detections, targets in predictions(model, dataset, left_out, args, device, size):
+        for i, one, target in zip(indices, detections, targets):
+            if i in left_out:
                 continue
             boxes = one["boxes"] * one["boxes"].new_tensor(target["scale"])
             boxes = clip_boxes_to_image(boxes, target["size"])
@@ -733,7 +739,6 @@ def evaluate_detector(model, dataset, args, device):
                 found.append(json.dumps(dict(
                     image_id=source.ids[i], category_id=source.categories[label - 1], score=score, bbox=box,
                     segmentation=dict(mask, counts=mask["counts"].decode()))))
-    model.train()
     found, left_out = sorted(gather(found)), sorted(gather(left_out))  # in one order, whichever process found them
     return from_first_process(lambda: average_precision(source, found, left_out)), left_out
 
@@ -794,18 +799,17 @@ class SceneFiles(ImageFiles):
     classes = [str(k) for k in range(1, 151)]
 
     def __init__(self, folder, part):
-        images, self.annotations = (os.path.join(folder, kind, part) for kind in ("images", "annotations"))
-        super().__init__(images, list_images(images))
-        missing = next((path for path in map(self.label_path, range(len(self))) if not os.path.exists(path)), None)
+        images, annotations = (os.path.join(folder, kind, part) for kind in ("images", "annotations"))
+        names = list_images(images)
+        paths = [os.path.join(annotations, os.path.splitext(name)[0] + ".png") for name in names]
+        missing = next((path for path in paths if not os.path.exists(path)), None)
         check(not missing, f"there is no {missing}: --task segment takes a folder with ADE20K's images/ and "
                            f"annotations/, a PNG of labels for each image")
-
-    def label_path(self, i):
-        return os.path.join(self.annotations, os.path.splitext(self.name(i))[0] + ".png")
+        super().__init__(images, names, labels=paths)
 
     def __getitem__(self, i):
-        image, _ = super().__getitem__(i)
-        with Image.open(self.label_path(i)) as file:  # with a palette or without
+        image, path = super().__getitem__(i)
+        with Image.open(path) as file:  # with a palette or without
             labels = v2.functional.pil_to_tensor(file)[0] - 1  # (H, W), of bytes: 0 becomes 255
         check(labels.shape == image.shape[1:], "the labels have another size than the image")
         check(((labels < 150) | (labels == 255)).all(), "there are labels above 150")
@@ -841,7 +845,6 @@ def resize_image(size, image, labels):
     return v2.functional.resize(image, size, max_size=4 * size), labels
 
 
-@torch.no_grad()
 def evaluate_segmenter(model, dataset, args, device):
     """Mean intersection over union and the share of labelled pixels that are right, in percent, from all images
     together on any number of processes; classes that occur in neither labels nor predictions do not count. Images that
@@ -851,24 +854,20 @@ def evaluate_segmenter(model, dataset, args, device):
     confusion = torch.zeros(n * n, dtype=torch.int64, device=device)  # (labels, predictions)
     for buffer in model.buffers():  # on CPUs, each process's batch norm has statistics of its own
         dist.broadcast(buffer, src=0)
-    model.eval()
-    for _, (images, labels, unreadable) in evaluation_batches(dataset, args, device, size=1):
-        if unreadable.item() >= 0:
-            left_out.append(unreadable.item())
+    in_windows = functools.partial(slide, model, size=args.image_size)
+    for indices, logits, labels in predictions(model, dataset, left_out, args, device, 1, in_windows):
+        if indices[0] in left_out:
             continue
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = slide(model, normalize(images, device), args.image_size)
         labels = labels.to(device)  # (1, H, W)
         predicted = F.interpolate(logits, size=labels.shape[1:], mode="bilinear").argmax(dim=1)
         known = labels < n
         confusion += torch.bincount(labels[known].long() * n + predicted[known], minlength=n * n)
-    model.train()
     dist.all_reduce(confusion)
     confusion = confusion.view(n, n).double()
     both, labelled = confusion.diag(), confusion.sum(dim=1)
     iou = both / (labelled + confusion.sum(dim=0) - both)
-    results = dict(miou=100 * iou.nanmean(), pixel_accuracy=100 * both.sum() / labelled.sum())
-    return {name: value.item() for name, value in results.items()}, sorted(gather(left_out))
+    miou, accuracy = iou.nanmean().item(), (both.sum() / labelled.sum()).item()
+    return dict(miou=100 * miou, pixel_accuracy=100 * accuracy), sorted(gather(left_out))
 
 
 def slide(model, images, size):

@@ -36,6 +36,7 @@ from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -124,18 +125,18 @@ def main():
             images, _, unreadable = next(batches)
             ddp.require_backward_grad_sync = micro_step == args.accum_steps - 1  # gradients are summed in the last
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = ddp(normalize(images, device)) / args.accum_steps
-            loss.backward()
-            step_loss += loss.detach()
+                loss = ddp(normalize(images, device))
+            (loss / args.accum_steps).backward()
+            step_loss += loss.detach() / args.accum_steps
             run.unreadable += unreadable[unreadable >= 0].tolist()
         optimizer_step(ddp, optimizer, lr, step_loss, args.clip_grad)
 
         if run.after_step(step_loss, lr):
-            if run.first and run.picture_due and args.objective == "arm":
-                save_picture(os.path.join(args.out, "predictions.png"), model, dataset, device)
             if run.epoch_ended:
                 run.log_epoch(lr=lr)
             if run.save_due:
+                if run.first and args.objective == "arm":
+                    save_picture(os.path.join(args.out, "predictions.png"), model, dataset, device)
                 run.save(model=model.state_dict(), optimizer=optimizer.state_dict())
             run.stop_if_interrupted()
     picture = f", what they predict in {args.out}/predictions.png" if args.objective == "arm" else ""
@@ -164,18 +165,16 @@ def save_picture(path, model, dataset, device):
 
 def finetune_command(args, images):
     """What to type next: the paper's recipe, or for fewer images the README's for small data."""
-    local_processes = os.environ.get("LOCAL_WORLD_SIZE", 1) if process()[1] > 1 else 1
-    command, usual = f"torchrun --standalone --nproc_per_node {local_processes} finetune.py", RECIPES["demo"]
+    data = ""
     if args.data:
         labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
-        command += f" --data {shlex.quote(labelled)} {SMALL_DATA if images < 50_000 else ''}".rstrip()
-        usual = dict(model="arm_base", patch_size=16, image_size=192)  # which 224 follows, finetune.py's default
-    return f"{command} --init {shlex.quote(args.out)}/last.pth" + "".join(
-        f" --{name} {getattr(args, name)}" for name in ("model", "image_size", "patch_size")
-        if getattr(args, name) != usual.get(name))
+        data = f" --data {shlex.quote(labelled)}{SMALL_DATA if images < 50_000 else ''}"
+    size = 224 if args.image_size == 192 else args.image_size  # as in the paper
+    return (f"torchrun --standalone --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)} finetune.py{data} --init "
+            f"{shlex.quote(args.out)}/last.pth --model {args.model} --image_size {size} --patch_size {args.patch_size}")
 
 
-SMALL_DATA = ("--batch_size 32 --blr 8e-3 --epochs 50 --layer_decay 0.85 --drop_path 0 --mixup 0 --cutmix 0 "
+SMALL_DATA = (" --batch_size 32 --blr 8e-3 --epochs 50 --layer_decay 0.85 --drop_path 0 --mixup 0 --cutmix 0 "
               "--augment 0 --erasing 0 --crop_scale 0.5 --ema_decay 0.99")
 
 
@@ -188,9 +187,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def add_machine_flags(parser):
-    """The flags that change how a run is computed, and not what (but for the random draws of finetuning, which are made
-    for a micro-batch); so they may change when it is continued.
-    """
+    """The flags that may change when a run is continued: they say how it is computed, and not what."""
     parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
     flag = parser.add_argument_group("what may change when a run is continued").add_argument
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -236,7 +233,6 @@ def parse_args(parser, recipes, **known):
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 OF_SYSTEMS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # and all that is hidden
 
 
@@ -257,16 +253,17 @@ def list_images(folder):
 
     check(os.path.isdir(folder), f"There is no folder {folder}: --data takes a folder of images, for finetuning and "
                                  f"evaluation one with train/CLASS/* and val/CLASS/*")
-    images, others, empty, seen, top = [], [], [], set(), os.path.join(os.path.realpath(folder), "")
+    top = os.path.join(os.path.realpath(folder), "")
+    images, others, empty, seen = [], [], [], {top}
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         below, before = os.path.relpath(root, folder), len(images)
         folders[:] = [name for name in sorted(folders) if to_read(os.path.join(root, name))]
         for name in sorted(name for name in files if name[0] != "."):
-            kind = images if name.lower().endswith(EXTENSIONS) else others
+            kind = images if name.lower().endswith(IMG_EXTENSIONS) else others
             kind.append(os.path.normpath(os.path.join(below, name)))
         if len(images) == before and not folders:
             empty.append(below)
-    check(images, f"There are no images in {folder} or below it (looked for {' '.join(EXTENSIONS)})")
+    check(images, f"There are no images in {folder} or below it (looked for {' '.join(IMG_EXTENSIONS)})")
     if others or empty:
         print(f"{folder}: passed over {len(others)} files of other kinds{', such as ' + others[0] if others else ''}; "
               f"folders without images: {', '.join(empty[:5]) or 'none'}{', ...' if len(empty) > 5 else ''}")
@@ -396,13 +393,6 @@ def normalize(images, device):
     return (images.to(device, non_blocking=True).float() / 255 - mean) / std
 
 
-def to_device(targets, device):
-    """A tensor, or a list of dictionaries of tensors."""
-    if isinstance(targets, list):
-        return [{name: t.to(device, non_blocking=True) for name, t in one.items()} for one in targets]
-    return targets.to(device, non_blocking=True)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
 
@@ -458,8 +448,7 @@ def optimizer_step(model, optimizer, lr, loss, clip_grad=math.inf):
 
 
 def prepare(model, args):
-    """Compile the model, and have activations recomputed, where args say so; and take the statistics of batch norm over
-    all processes.
+    """Compile the model and recompute activations, where args say so; take batch norm's statistics over all processes.
 
     On one machine it is compiled whole, and on GPUs replayed as CUDA graphs, so that Python launches a graph and not
     each kernel; but not where gradients are accumulated, since a graph writes its gradients over those of the
@@ -503,8 +492,7 @@ class Run:
         """Locks --out and reads the checkpoint to continue from, if any. Raises BadInput where it is of another run."""
         self.args, self.source, self.device, self.classes = args, source, device, list(classes)
         self.first, self.steps_per_epoch = process()[0] == 0, len(source) // args.batch_size
-        check(self.steps_per_epoch > 0, f"--batch_size {args.batch_size} is more than the {len(source)} training "
-                                        f"images: choose a smaller one")
+        check(self.steps_per_epoch, f"--batch_size {args.batch_size} is more than the {len(source)} training images")
         from_first_process(self.open_log)
         path = os.path.join(args.out, "last.pth")
         path = path if os.path.exists(path) else args.resume or path
@@ -515,9 +503,9 @@ class Run:
             self.check_same_run(path, model)
         state = self.checkpoint.get("run", {})
         self.step = state.get("step", 0)
-        self.counts = state.get("counts", dict(loss=0.0, taken=0, dropped=0, in_row=0))  # of the epoch so far
-        self.unreadable = state.get("unreadable", []) if self.first else []  # indices, of the epoch so far
-        self.losses, self.signalled = [], False
+        self.losses = state.get("losses", [])  # of the epoch so far
+        self.unreadable = state.get("unreadable", [])  # indices, of the epoch so far
+        self.pending, self.dropped_in_row, self.signalled = [], 0, False
 
     def open_log(self):
         """Open log.jsonl and lock it while this process lives: one run writes to a folder."""
@@ -552,7 +540,8 @@ class Run:
 
     def start(self, what):
         """Say what is trained, show the bar, take signals, and cut off the log what is computed again or damaged."""
-        args, size, self.checkpoint = self.args, self.args.batch_size, None  # which is large
+        args, size = self.args, self.args.batch_size
+        self.checkpoint = None  # which is large
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self.interrupt)
         self.tensorboard = None
@@ -567,62 +556,48 @@ class Run:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(os.path.join(args.out, "tensorboard"))
-        self.say(f"{what}; {len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, "
-                 f"from step {self.step}; peak learning rate {args.blr * size / 256:.2g}; {process()[1]} x "
-                 f"{self.device.type}; to {args.out}")
+            tqdm.write(f"{what}; {len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, "
+                       f"from step {self.step}; peak learning rate {args.blr * size / 256:.2g}; {process()[1]} x "
+                       f"{self.device.type}; to {args.out}", file=sys.stderr)
         self.bar = tqdm(total=args.epochs * self.steps_per_epoch * size, initial=self.step * size, unit_scale=True,
                         bar_format="{desc}{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]",
                         disable=not self.first, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
         if args.compile:
             self.bar.set_postfix_str("compiling, which takes a minute or two")
         self.marks = collections.deque(maxlen=1 + 100 // self.READ_EVERY[self.device.type])  # (step, seconds trained)
-        self.seconds = self.epoch_seconds = 0.0
+        self.seconds, self.epoch_step, self.epoch_seconds = 0.0, self.step, 0.0
         self.resumed_at = self.saved_at = self.epoch_at = time.monotonic()
-        self.epoch_step = self.step
 
     def interrupt(self, *_):
         self.signalled = True  # this process alone; after_step has all agree on whether the run is interrupted
 
-    def say(self, line):
-        if self.first:
-            tqdm.write(line, file=sys.stderr)
-
     def after_step(self, loss, lr):
-        """Count a step, and now and then read results. Returns whether it did: then the epoch's line, a picture, a
-        checkpoint or the end may be due (epoch_ended, picture_due, save_due, interrupted).
+        """Count a step, and now and then read results. Returns whether it did: then the epoch's line, a checkpoint or
+        the end may be due (epoch_ended, save_due, interrupted).
         """
-        args = self.args
+        args, source = self.args, self.source
         self.step += 1
-        self.losses.append(loss)
+        self.pending.append(loss)
         self.epoch, steps = divmod(self.step, self.steps_per_epoch)
         self.epoch_ended = steps == 0
         if self.step % self.READ_EVERY[self.device.type] and not self.epoch_ended:
             return False
-        losses, self.losses = torch.stack(self.losses).tolist(), []
-        self.count(losses)
-        late = time.monotonic() - self.saved_at >= 60 * args.checkpoint_minutes and self.first
-        flags = torch.tensor([self.signalled, late, len(self.unreadable)], device=self.device, dtype=torch.float)
-        dist.all_reduce(flags)
-        interrupted, late, unreadable = flags.tolist()
-        self.interrupted, ended = interrupted > 0, self.step == args.epochs * self.steps_per_epoch
-        self.save_due = self.interrupted or late > 0 or ended
-        self.picture_due = self.epoch_ended and (self.epoch % max(1, args.epochs // 20) == 0 or ended)
-        if unreadable > self.MOST_UNREADABLE * len(self.source):
-            raise Stop(f"{unreadable:.0f} of {len(self.source)} images cannot be decoded, more than 1%, such as "
-                       f"{', '.join(self.source.name(i) for i in sorted(gather(self.unreadable))[:3])}")
-        self.show(losses[-1], lr)
-        return True
-
-    def count(self, losses):
-        counts = self.counts
+        losses, self.pending = torch.stack(self.pending).tolist(), []
         for loss in losses:
-            ok = math.isfinite(loss)
-            counts["loss"] += loss if ok else 0.0
-            counts["taken"], counts["dropped"] = counts["taken"] + ok, counts["dropped"] + (not ok)
-            counts["in_row"] = 0 if ok else counts["in_row"] + 1
-            if counts["in_row"] == self.MOST_DROPPED:
+            self.dropped_in_row = 0 if math.isfinite(loss) else self.dropped_in_row + 1
+            if self.dropped_in_row == self.MOST_DROPPED:
                 raise Stop(f"The loss was not finite {self.MOST_DROPPED} steps in a row, up to step {self.step}: the "
                            f"run stops, and its last checkpoint is as it was. A smaller --blr may help")
+        self.losses += losses
+        self.unreadable = sorted(gather(self.unreadable))
+        if len(self.unreadable) > self.MOST_UNREADABLE * len(source):
+            raise Stop(f"{len(self.unreadable)} of {len(source)} images cannot be decoded, more than 1%, such as "
+                       f"{', '.join(source.name(i) for i in self.unreadable[:3])}")
+        self.interrupted = True in gather([self.signalled])
+        late = time.monotonic() - self.saved_at >= 60 * args.checkpoint_minutes
+        self.save_due = self.interrupted or late or self.step == args.epochs * self.steps_per_epoch
+        self.show(loss, lr)
+        return True
 
     def show(self, loss, lr):
         """The bar, with the rate of the last hundred steps: without compilation, evaluation and checkpoints."""
@@ -639,13 +614,14 @@ class Run:
         self.bar.update(self.step * size - self.bar.n)
 
     def log_epoch(self, **results):
-        """The epoch's line in log.jsonl and TensorBoard; files that could not be decoded are named in it. JSON has no
-        NaN: null stands for it. Results that are dictionaries are not shown.
+        """Write the epoch's line to log.jsonl and TensorBoard, and show it but for what is a dictionary or empty. It
+        names the files that could not be decoded. JSON has no NaN: null stands for it.
         """
-        counts, images = self.counts, (self.step - self.epoch_step) * self.args.batch_size
-        unreadable = sorted(self.source.name(i) for i in gather(self.unreadable))
-        entry = dict(epoch=self.epoch, step=self.step, loss=counts["loss"] / max(counts["taken"], 1), **results,
-                     dropped_steps=counts["dropped"], unreadable=unreadable,
+        taken = [loss for loss in self.losses if math.isfinite(loss)]
+        images = (self.step - self.epoch_step) * self.args.batch_size
+        entry = dict(epoch=self.epoch, step=self.step, loss=sum(taken) / max(len(taken), 1), **results,
+                     dropped_steps=len(self.losses) - len(taken),
+                     unreadable=sorted(self.source.name(i) for i in self.unreadable),
                      images_per_second=round(images / (self.seconds - self.epoch_seconds), 1),
                      seconds=round(time.monotonic() - self.epoch_at, 1))
         entry = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
@@ -653,25 +629,22 @@ class Run:
             with writing(self.log.name):
                 self.log.write((json.dumps(entry) + "\n").encode())
                 self.log.flush()
-        for name, value in entry.items() if self.tensorboard else ():
-            if isinstance(value, (int, float)):
-                self.tensorboard.add_scalar(name, value, self.epoch)
+            tqdm.write(", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                                 for name, value in entry.items() if not isinstance(value, dict) and value != []),
+                       file=sys.stderr)
         if self.tensorboard:
+            for name, value in entry.items():
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(name, value, self.epoch)
             self.tensorboard.flush()
-        told = {k: v for k, v in entry.items() if k in {"loss", "unreadable", *results} and v != []
-                and not isinstance(v, dict) or k == "dropped_steps" and v}
-        self.say(f"epoch {self.epoch}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                                                     for k, v in told.items()))
-        self.counts = dict(loss=0.0, taken=0, dropped=0, in_row=counts["in_row"])
-        self.unreadable, self.epoch_step, self.epoch_seconds = [], self.step, self.seconds
+        self.losses, self.unreadable, self.epoch_step, self.epoch_seconds = [], [], self.step, self.seconds
         self.resumed_at = self.epoch_at = time.monotonic()
 
     def save(self, name="last.pth", **checkpoint):
         """Write a checkpoint beside the old one, flush it, then put it in its place: whole or not at all."""
-        unreadable = sorted(gather(self.unreadable))
         if self.first:
             path = os.path.join(self.args.out, name)
-            state = dict(step=self.step, images=len(self.source), counts=self.counts, unreadable=unreadable)
+            state = dict(step=self.step, images=len(self.source), losses=self.losses, unreadable=self.unreadable)
             with writing(path), open(f"{path}.new", "wb") as file:
                 torch.save(dict(checkpoint, run=state, args=vars(self.args), classes=self.classes), file)
                 file.flush()
@@ -721,8 +694,7 @@ def start_processes(args):
     """Join the process group (NCCL on GPUs, gloo on CPUs). Returns this process's torch.device."""
     (rank, processes), cuda = process(), args.device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if processes > 1 else 0
-    check(not cuda or torch.cuda.is_available(), "--device cuda needs a GPU that torch can see, and there is none: use "
-                                                 "--device cpu")
+    check(not cuda or torch.cuda.is_available(), "--device cuda needs a GPU that torch can see: use --device cpu")
     local_processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     check(not cuda or processes == 1 or local_processes <= gpus, f"there are {local_processes} processes for {gpus} "
                                                                  f"GPUs: give torchrun --nproc_per_node {gpus}")
@@ -778,20 +750,18 @@ def end_with_a_sentence(main):
             print(f"\n{error}.", file=sys.stderr)
         else:
             time.sleep(3)  # torchrun ends all processes as soon as one ends: let the first one speak
-    except SystemExit as error:  # of --help
-        code = error.code
     except KeyboardInterrupt:
         code = os.EX_TEMPFAIL
-    except BaseException as error:
+    except Exception as error:  # SystemExit, of --help, passes
         code = 1
         if isinstance(error, (torch.OutOfMemoryError, MemoryError, EOFError)) or re.match(SHORT_OF_MEMORY, str(error)):
             print(f"\nProcess {os.environ.get('RANK', 0)}: out of memory, or a data loader worker died, often for want "
                   "of it: use fewer --workers, a larger --accum_steps, or --activation_checkpointing.", file=sys.stderr)
         else:
             traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)  # not sys.exit, which would wait for processes that are gone and workers that do not end
 
 
