@@ -251,7 +251,8 @@ def test_both_demonstrations_run_end_to_end(tmp_path):
     entry = log(tmp_path / "fine")[-1]
     assert {"top1", "top5", "ema_top1", "ema_top5", "loss", "lr"} <= entry.keys()
     code, output = script("finetune", "--eval", tmp_path / "fine" / "last.pth", before=validate_on_64_drawings)
-    assert code == 0 and f"Model: top-1 {entry['top1']:.2f}%" in output and "EMA: top-1" in output and " images/s" in output, output
+    assert code == 0 and f"Model: top-1 {entry['top1']:.2f}%" in output and "EMA: top-1" in output, output
+    assert " images/s" in output
 
 
 @pytest.mark.parametrize("name, arguments", [
