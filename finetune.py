@@ -175,7 +175,7 @@ def main():
                 if run.epoch_ended and best.get("epoch") == run.epoch:
                     run.save("best.pth", **weights)
                 run.save(**weights, optimizer=optimizer.state_dict())
-            run.stop_if_interrupted()
+            run.continue_or_stop()
     (metric, value), chance = [*best.items()][0], ""
     if args.task == "classify":
         metric, chance = "top-1 accuracy", f" (chance: {100 / len(classes):.3g}%)"
@@ -392,8 +392,8 @@ def read_classes(file_or_folder):
 
 
 def validation_images(args, classes, num_classes):
-    """The images of --data, in class folders that stand in val/ or in the folder itself, and how to count them:
-    (source, right), of which evaluate takes the second, and that protocol in words.
+    """The images of --data, in class folders that stand in val/ or in the folder itself; what is right for them, as
+    evaluate takes it; and this protocol in words.
     """
     everything = torch.eye(num_classes, dtype=torch.bool)
     if not args.data:

@@ -135,10 +135,10 @@ def main():
             if run.epoch_ended:
                 run.log_epoch(lr=lr)
             if run.save_due:
-                if run.first and args.objective == "arm":
-                    save_picture(os.path.join(args.out, "predictions.png"), model, dataset, device)
                 run.save(model=model.state_dict(), optimizer=optimizer.state_dict())
-            run.stop_if_interrupted()
+                if run.first and args.objective == "arm" and not run.interrupted:
+                    save_picture(os.path.join(args.out, "predictions.png"), model, dataset, device)
+            run.continue_or_stop()
     picture = f", what they predict in {args.out}/predictions.png" if args.objective == "arm" else ""
     run.end(f"Weights in {args.out}/last.pth{picture}.\n"
             f"Next, finetune: {finetune_command(args, len(source))}")
@@ -169,7 +169,7 @@ def finetune_command(args, images):
     if args.data:
         labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
         data = f" --data {shlex.quote(labelled)}{SMALL_DATA if images < 50_000 else ''}"
-    size = 224 if args.image_size == 192 else args.image_size  # as in the paper
+    size = 224 if (args.image_size, args.patch_size) == (192, 16) else args.image_size  # as in the paper
     return (f"torchrun --standalone --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)} finetune.py{data} --init "
             f"{shlex.quote(args.out)}/last.pth --model {args.model} --image_size {size} --patch_size {args.patch_size}")
 
@@ -187,7 +187,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def add_machine_flags(parser):
-    """The flags that may change when a run is continued: they say how it is computed, and not what."""
+    """The flags that may change when a run is continued: they say how it is computed, and not what (but for what is
+    drawn or normalised for each micro-batch).
+    """
     parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
     flag = parser.add_argument_group("what may change when a run is continued").add_argument
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -505,7 +507,8 @@ class Run:
         self.step = state.get("step", 0)
         self.losses = state.get("losses", [])  # of the epoch so far
         self.unreadable = state.get("unreadable", [])  # indices, of the epoch so far
-        self.pending, self.dropped_in_row, self.signalled = [], 0, False
+        self.dropped_in_row = state.get("dropped_in_row", 0)
+        self.pending, self.signalled = [], False
 
     def open_log(self):
         """Open log.jsonl and lock it while this process lives: one run writes to a folder."""
@@ -589,13 +592,15 @@ class Run:
                 raise Stop(f"The loss was not finite {self.MOST_DROPPED} steps in a row, up to step {self.step}: the "
                            f"run stops, and its last checkpoint is as it was. A smaller --blr may help")
         self.losses += losses
+        late = self.first and time.monotonic() - self.saved_at >= 60 * args.checkpoint_minutes
+        flags = torch.tensor([self.signalled, late], dtype=torch.float, device=self.device)
+        dist.all_reduce(flags)
+        self.interrupted, late = (flags > 0).tolist()
+        self.save_due = self.interrupted or late or self.step == args.epochs * self.steps_per_epoch
         self.unreadable = sorted(gather(self.unreadable))
         if len(self.unreadable) > self.MOST_UNREADABLE * len(source):
             raise Stop(f"{len(self.unreadable)} of {len(source)} images cannot be decoded, more than 1%, such as "
                        f"{', '.join(source.name(i) for i in self.unreadable[:3])}")
-        self.interrupted = True in gather([self.signalled])
-        late = time.monotonic() - self.saved_at >= 60 * args.checkpoint_minutes
-        self.save_due = self.interrupted or late or self.step == args.epochs * self.steps_per_epoch
         self.show(loss, lr)
         return True
 
@@ -638,24 +643,27 @@ class Run:
                     self.tensorboard.add_scalar(name, value, self.epoch)
             self.tensorboard.flush()
         self.losses, self.unreadable, self.epoch_step, self.epoch_seconds = [], [], self.step, self.seconds
-        self.resumed_at = self.epoch_at = time.monotonic()
+        self.epoch_at = time.monotonic()
 
     def save(self, name="last.pth", **checkpoint):
         """Write a checkpoint beside the old one, flush it, then put it in its place: whole or not at all."""
         if self.first:
             path = os.path.join(self.args.out, name)
-            state = dict(step=self.step, images=len(self.source), losses=self.losses, unreadable=self.unreadable)
+            state = dict(step=self.step, images=len(self.source), losses=self.losses, unreadable=self.unreadable,
+                         dropped_in_row=self.dropped_in_row)
             with writing(path), open(f"{path}.new", "wb") as file:
                 torch.save(dict(checkpoint, run=state, args=vars(self.args), classes=self.classes), file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(f"{path}.new", path)
-        self.saved_at = self.resumed_at = time.monotonic()
+        self.saved_at = time.monotonic()
 
-    def stop_if_interrupted(self):
+    def continue_or_stop(self):
+        """After all that came between two steps, which the rate of steps leaves out."""
         if self.interrupted:
             dist.barrier()  # torchrun ends all processes soon after one: the first has saved
             raise Stop(f"Interrupted at step {self.step}, which is saved: the same command continues", os.EX_TEMPFAIL)
+        self.resumed_at = time.monotonic()
 
     def end(self, line):
         """The last words, which are said to have trained only if it did."""
