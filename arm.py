@@ -291,7 +291,7 @@ def scan_orders(grid, directions=4):
 class ARMEncoder(nn.Module):
     """The encoder of the finetuning models: in raster order with a CLS token in the middle, scanned four ways.
 
-    Clusters were what to predict; now nothing is, and rows and columns, both ways, let every patch see every other.
+    Nothing is predicted here, so there are no clusters; rows and columns, both ways, let every patch see every other.
     image_size, patch_size in pixels; drop_path: the rate that stochastic depth rises towards from block to block, in
     training. Raises BadInput where these do not fit together.
     """
@@ -332,8 +332,8 @@ class ARMEncoder(nn.Module):
 
 
 class ARMClassifier(ARMEncoder):
-    """Classes of images. pool: "mean" (the mean of the tokens before CLS and the mean of those after it, averaged) or
-    "cls"; the other arguments are ARMEncoder's.
+    """Classes of images. pool, what the head reads: "mean" (the mean of the tokens before CLS and the mean of those
+    after it, averaged; CLS itself is not read) or "cls"; the other arguments are ARMEncoder's.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, num_classes=1000, drop_path=0.0, pool="mean",
@@ -707,12 +707,14 @@ def rename_released(name):
 
 def from_released(weights):
     """The released checkpoints' weights under the names here, those of a mixer's directions as one tensor (G, ...)."""
+    def direction(name):
+        of = re.search(r"\.mixer\.(?:conv1d|x_proj|dt_proj|A|D)(_b|_c|_c_b)?(?:_log|\.|$)", name)
+        return RELEASED_DIRECTIONS.index(of and of[1] or "")
+
     found = {}
-    for direction in RELEASED_DIRECTIONS:
-        for name, tensor in weights.items():
-            of = re.search(r"\.mixer\.(?:conv1d|x_proj|dt_proj|A|D)(|_b|_c|_c_b)(?:_log|\.|$)", name)
-            if (of[1] if of else "") == direction and (direction == "" or rename_released(name) in found):
-                found.setdefault(rename_released(name), []).append(tensor)
+    for name in sorted(weights, key=direction):
+        if direction(name) == 0 or rename_released(name) in found:  # no other stands in for a missing first direction
+            found.setdefault(rename_released(name), []).append(weights[name])
     return {name: torch.stack([t.flatten(1) if t.ndim > 1 else t for t in tensors])  # a conv1d weight is (D, 1, width)
             if name.endswith(OF_DIRECTIONS) else tensors[0] for name, tensors in found.items()}
 

@@ -1,7 +1,7 @@
 """Finetune a pretrained ARM, in four scan directions, for recognition, object detection or segmentation; or train the
 same model from scratch; or evaluate it (section 3.3; recipe for recognition: appendix of the ARM paper).
 
-    torchrun --standalone --nproc_per_node 1 finetune.py                                             # demonstration
+    python finetune.py                                                                               # demonstration
     torchrun --nproc_per_node 8 finetune.py --data /data/imagenet --init runs/pretrain/last.pth      # the paper's ARM-B
     torchrun --nproc_per_node 8 finetune.py --data /data/imagenet --eval runs/finetune/best.pth
     torchrun --nproc_per_node 8 finetune.py --task detect --data /data/coco --init runs/pretrain/last.pth
@@ -13,7 +13,6 @@ predictions.png of the other tasks); the same command continues it. Model and we
 every --eval_every epochs. Each task has a chapter below; none needs the others.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -39,23 +38,23 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save
 from tqdm import tqdm
 
 from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, check, load_weights, read_checkpoint
-from pretrain import (MEAN, OF_SYSTEMS, Drawings, HelpFormatter, ImageFiles, Images, Run, add_machine_flags,
-                      end_with_a_sentence, from_first_process, gather, learning_rate, list_images, load, mean_and_std,
-                      normalize, optimizer_step, parameter_groups, parse_args, prepare, process, seed_of, shuffled,
-                      start_processes, writing)
+from pretrain import (MEAN, OF_SYSTEMS, Drawings, ImageFiles, Images, Run, add_machine_flags, end_with_a_sentence,
+                      from_first_process, learning_rate, list_images, load, make_parser, mean_and_std, normalize,
+                      optimizer_step, parameter_groups, parse_args, prepare, process, seed_of, shuffled,
+                      start_processes, union, writing)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
     "arm_huge": dict(layer_decay=0.75, drop_path=0.3),
     "demo": dict(model="arm_tiny", image_size=48, patch_size=8, epochs=16, warmup_epochs=1, eval_every=4, batch_size=16,
                  blr=1.6e-2, layer_decay=0.85, drop_path=0.0, ema_decay=0.95, mixup=0.0, cutmix=0.0, erasing=0.0,
-                 augment=0.0, crop_scale=0.6, workers=0, compile=0, drawings=160, out="runs/demo_finetune"),
+                 augment=0.0, crop_scale=0.6, workers=0, compile=0, out="runs/demo_finetune"),
 }
 
 
 def get_args(**evaluated):
     """The arguments. Those of the checkpoint to evaluate, if any, are then defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = make_parser(__doc__)
     flag = parser.add_argument
     flag("--task", choices=["classify", "detect", "segment"], default="classify", help="which head to train")
     flag("--data", help="the folder of images and their classes or annotations. Without it, the demonstration")
@@ -65,20 +64,20 @@ def get_args(**evaluated):
     flag("--classes", help="names of these weights' classes, where they have none: a text, or a folder of folders")
     flag("--real_labels", help="evaluate by ImageNet-ReaL's labels, its real.json")
     flag("--out", default="runs/finetune", help="where the run goes; one that is there is continued")
-    flag("--model", choices=MODELS, default="arm_base", help="size")
+    flag("--model", choices=MODELS, default="arm_base", help="size of the encoder")
     flag("--image_size", type=int, default=224, help="pixels")
     flag("--patch_size", type=int, default=16, help="pixels")
     flag("--pool", choices=["mean", "cls"], default="mean", help="what the classifier reads")
     flag("--directions", type=int, choices=[1, 2, 4], default=4, help="in which the encoder scans")
     # Optimisation
     flag("--epochs", type=int, default=100, help="passes over the images")
-    flag("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
+    flag("--warmup_epochs", type=float, default=5, help="epochs in which the learning rate rises")
     flag("--batch_size", type=int, default=1024, help="of all processes together")
     flag("--blr", type=float, default=5e-4, help="peak learning rate for a batch of 256")
     flag("--min_lr", type=float, default=1e-6, help="learning rate at the end")
     flag("--schedule", choices=["cosine", "line", "steps"], default="cosine", help="how the learning rate falls")
     flag("--layer_decay", type=float, default=0.65, help="of the learning rate, from layer to layer; 0: a linear probe")
-    flag("--weight_decay", type=float, default=0.05, help="of matrices")
+    flag("--weight_decay", type=float, default=0.05, help="of all but biases, norms, D, positions and CLS")
     flag("--ema_decay", type=float, default=0.99992, help="of the average of the weights; 0: no average")
     flag("--eval_every", type=int, default=1, help="epochs between evaluations")
     flag("--seed", type=int, default=0, help="of all random choices")
@@ -90,7 +89,7 @@ def get_args(**evaluated):
     flag("--crop_scale", type=float, default=0.08, help="smallest share of an image that a crop shows")
     flag("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     flag("--erasing", type=float, default=0.25, help="probability of random erasing")
-    flag("--drawings", type=int, default=1, help="images of the demonstration, which has 160")
+    flag("--drawings", type=int, default=160, help="images of the demonstration")
     add_machine_flags(parser)
     return parse_task_args(parser, evaluated)
 
@@ -99,7 +98,7 @@ def main():
     args = get_args()
     device = start_processes(args)
     if args.eval or args.predict:
-        return evaluate_checkpoint(args.eval or args.predict, device)
+        return evaluate_checkpoint(args, device)
 
     # Data
     train_set, val_set, classes = classified_images(args) if args.task == "classify" else dense_images(args)
@@ -110,7 +109,7 @@ def main():
     run = Run(args, model, train_set.source, device, classes)
     if args.init != "none" and not run.checkpoint:
         from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
-    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay)  # before DDP: those of rate 0 are frozen
     prepare(model, args)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
@@ -123,12 +122,10 @@ def main():
         optimizer.load_state_dict(run.checkpoint["optimizer"])
         if ema:
             ema.module.load_state_dict(run.checkpoint["model_ema"])
-    best = run.checkpoint.get("best", {})
+    best, metric = run.checkpoint.get("best", {}), METRICS[args.task]
     steps, span = args.epochs * run.steps_per_epoch, 1 / max(1 - args.ema_decay, 1e-9)
-    late = f"; the average of the weights spans {span:,.0f} steps, more than the run has" if span > steps else ""
-    run.start(f"{args.model} from {'scratch' if args.init == 'none' else args.init}, "
-              f"{sum(p.numel() for p in model.parameters()):,} parameters{late}; {len(val_set):,} validation "
-              f"images, {len(classes)} classes")
+    note = f"; the average of the weights spans {span:,.0f} steps, more than the run has" if span > steps else ""
+    run.start(model, f"{note}; {len(val_set):,} validation images, {len(classes)} classes")
 
     # Training
     batches = load(train_set, shuffled(len(train_set), args, run.step), args.workers, device)
@@ -154,15 +151,14 @@ def main():
         if ema:
             ema.update_parameters(model)
 
-        if run.after_step(step_loss, lr):
+        if run.after_step(step_loss, lr):  # every step on CPUs; on GPUs every tenth, and at an epoch's end
             if run.epoch_ended and (run.epoch % args.eval_every == 0 or run.step == steps):
                 results, left_out = evaluate_task(model, val_set, args, device)
                 ema_results, _ = evaluate_task(ema.module, val_set, args, device) if ema else ({}, None)
                 run.log_epoch(lr=lr, **results, **{f"ema_{name}": value for name, value in ema_results.items()},
                               unreadable_val=[val_set.source.name(i) for i in left_out])
-                metric = [*results][0]
                 for name, found in (("the weights", results), ("their average", ema_results)):
-                    if found and not found[metric] <= best.get(metric, -2):  # also where it is no number
+                    if found and not found[metric] <= best.get(metric, -2):  # COCO's none is -1; or it is nan
                         best = {metric: found[metric], "of": name, "epoch": run.epoch}
                 if run.first and args.task != "classify":
                     save = save_objects if args.task == "detect" else save_segments
@@ -176,11 +172,12 @@ def main():
                     run.save("best.pth", **weights)
                 run.save(**weights, optimizer=optimizer.state_dict())
             run.continue_or_stop()
-    (metric, value), chance = [*best.items()][0], ""
-    if args.task == "classify":
-        metric, chance = "top-1 accuracy", f" (chance: {100 / len(classes):.3g}%)"
-    run.end(f"The best {metric} was {value:.2f}%{chance}, of {best['of']} after epoch {best['epoch']}: "
+    chance = f" (chance: {100 / len(classes):.3g}%)" if args.task == "classify" else ""
+    run.end(f"The best {metric} was {best[metric]:.2f}%{chance}, of {best['of']} after epoch {best['epoch']}: "
             f"{args.out}/best.pth; every epoch's results in {args.out}/log.jsonl.")
+
+
+METRICS = dict(classify="top1", detect="box_AP", segment="miou")  # what best.pth is best by, in percent
 
 
 def to_device(targets, device):
@@ -192,9 +189,9 @@ def to_device(targets, device):
 
 def make_model(args, num_classes):
     kind = dict(classify=ARMClassifier, detect=ARMDetector, segment=ARMSegmenter)[args.task]
-    pool = dict(pool=args.pool, directions=args.directions) if args.task == "classify" else {}
+    of_classes = dict(pool=args.pool, directions=args.directions) if args.task == "classify" else {}
     return kind(args.image_size, args.patch_size, **MODELS[args.model], num_classes=num_classes,
-                drop_path=args.drop_path, **pool)
+                drop_path=args.drop_path, **of_classes)
 
 
 def dense_images(args):
@@ -255,7 +252,8 @@ def parse_task_args(parser, evaluated):
     together = args.batch_size // args.accum_steps // (1 if args.device == "cuda" else process()[1])
     check(args.task != "segment" or args.eval or together > 1, "--task segment has batch norm, which needs two images "
           "or more at a time: choose a larger --batch_size or a smaller --accum_steps")
-    check(args.data or not args.predict, "--predict needs --data, an image or a folder of images")
+    check(not args.predict or args.data and os.path.exists(args.data), "--predict needs --data, an image or a folder "
+          f"of images, and there is no {args.data or 'such flag'}")
     check(not (args.eval and args.predict), "--eval and --predict are two things: give one")
     for name in ("layer_decay", "ema_decay", "smoothing", "crop_scale", "erasing"):
         check(getattr(args, name) <= 1, f"--{name} is from 0 to 1, not {getattr(args, name)}")
@@ -268,30 +266,7 @@ def parse_task_args(parser, evaluated):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation; the first function and the last ones are for classes
-
-
-def evaluate(model, dataset, right, args, device):
-    """Top-1 and, of more than five classes, top-5 accuracy in percent and the mean cross-entropy, over every image once
-    on any number of processes. Images that cannot be decoded are left out. Returns (results, indices left out).
-
-    right: (labels, classes), true where a class of the model's is right for a label of the data's. Predictions are
-    taken from the classes that are right for any label.
-    """
-    right, left_out = right.to(device), []
-    among, totals = right.any(dim=0), torch.zeros(4, dtype=torch.float64, device=device)
-    for _, logits, labels in predictions(model, dataset, left_out, args, device):
-        labels = labels.to(device)
-        readable = labels >= 0
-        logits = logits[readable].float().masked_fill(~among, -math.inf)  # (B, classes)
-        its_right = right[labels[readable]]  # (B, classes)
-        hit = its_right.gather(1, logits.topk(min(5, logits.shape[1])).indices)  # (B, 5)
-        loss = -logits.log_softmax(dim=1).masked_fill(~its_right, -math.inf).logsumexp(dim=1)
-        totals += torch.stack([hit[:, 0].sum(), hit.any(dim=1).sum(), loss.sum(), readable.sum()])
-    dist.all_reduce(totals)
-    top1, top5, loss = (totals[:3] / totals[3].clamp(min=1)).tolist()
-    top5 = dict(top5=100 * top5) if among.sum() > 5 else {}
-    return dict(top1=100 * top1, **top5, val_loss=loss), sorted(gather(left_out))
+# Evaluation
 
 
 @torch.no_grad()
@@ -301,7 +276,7 @@ def predictions(model, dataset, left_out, args, device, size=None, forward=None)
     """
     rank, processes = process()
     mine = [(0, i) for i in range(rank, len(dataset), processes)]
-    # Without gradients so many images of one object fit, and fewer are slow.
+    # Without gradients 64 images of one object fit, and fewer at a time are slow.
     size = size or max(64, args.batch_size // (processes * args.accum_steps))
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
     loaded = tqdm(load(dataset, batches, args.workers, device), "evaluating", len(batches), leave=False,
@@ -315,12 +290,13 @@ def predictions(model, dataset, left_out, args, device, size=None, forward=None)
     model.train()
 
 
-def evaluate_checkpoint(path, device):
+def evaluate_checkpoint(args, device):
     """Print the results of a checkpoint's weights and, where it has one, of their average; or, to --predict, what
     classes the better of them see in images without labels.
     """
+    path = args.eval or args.predict
     made = from_first_process(lambda: describe(path))
-    args, num_classes = get_args(**made["sizes"]), made["num_classes"]
+    args, num_classes = get_args(**made["sizes"]), made["num_classes"]  # again: its sizes are the defaults now
     its_task = made["sizes"].get("task", "classify")
     check(args.task == its_task, f"{path} was finetuned to {its_task}, not to {args.task}: give --task {its_task}")
     model = make_model(args, num_classes).to(device)
@@ -380,6 +356,78 @@ def describe(path):
                 best_is_ema="model_ema" in found and found.get("best", {}).get("of") == "their average")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Classes: images, how they are counted, and augmentation
+
+
+def classified_images(args):
+    """The images to train on, those to evaluate on, as Images, and the names of the classes; or the demonstration's."""
+    if args.data:
+        classes, *names = from_first_process(lambda: find_images(args.data))
+        check(len(classes) > 1, f"{args.data}/train has one class alone, {classes[0]}: there is nothing to tell apart")
+        train, val = (ImageFiles(os.path.join(args.data, part), its_names, labels_of(its_names, classes))
+                      for part, its_names in zip(("train", "val"), names))
+    else:
+        train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(500, args.image_size, seed=2)
+        classes = train.classes
+    return (Images(train, train_transform(args), args.seed),
+            Images(val, eval_transform(args.image_size), replace=False), classes)
+
+
+def find_images(folder):
+    """The classes and the image names of train/ and val/ below a folder: (classes, train names, val names). Classes are
+    the folders of train/. Raises BadInput where a folder is missing or empty, or val/ has a class that train/ has not.
+    """
+    train, val = (list_images(os.path.join(folder, part)) for part in ("train", "val"))
+    classes = classes_of(train, os.path.join(folder, "train"))
+    unknown = sorted({*classes_of(val, os.path.join(folder, "val"))} - {*classes})
+    check(not unknown, f"{folder}/val has {len(unknown)} classes that {folder}/train has not, such as "
+                       f"{', '.join(unknown[:1])}: a class needs training images")
+    return classes, train, val
+
+
+def classes_of(names, folder):
+    """The class folders that images stand in, in order. Raises BadInput for an image that stands in none."""
+    loose = next((name for name in names if os.sep not in name), None)
+    check(not loose, f"{folder}/{loose} is in no class: images belong in {folder}/CLASS/")
+    return in_order({name.split(os.sep)[0] for name in names})
+
+
+def in_order(classes):
+    """Sorted, as numbers where all are: 2 before 10."""
+    classes = sorted(classes)
+    return sorted(classes, key=int if all(name.isdecimal() for name in classes) else None)
+
+
+def labels_of(names, classes):
+    """The label of each image: the place among the classes of the folder that it stands in."""
+    label = {name: i for i, name in enumerate(classes)}
+    return [label[name.split(os.sep)[0]] for name in names]
+
+
+def evaluate(model, dataset, right, args, device):
+    """Top-1 and, of more than five classes, top-5 accuracy in percent and the mean cross-entropy, over every image once
+    on any number of processes. Images that cannot be decoded are left out. Returns (results, indices left out).
+
+    right: (labels, classes), true where a class of the model's is right for a label of the data's. Predictions are
+    taken from the classes that are right for any label.
+    """
+    right, left_out = right.to(device), []
+    among, totals = right.any(dim=0), torch.zeros(4, dtype=torch.float64, device=device)
+    for _, logits, labels in predictions(model, dataset, left_out, args, device):
+        labels = labels.to(device)
+        readable = labels >= 0
+        logits = logits[readable].float().masked_fill(~among, -math.inf)  # (B, classes)
+        its_right = right[labels[readable]]  # (B, classes)
+        hit = its_right.gather(1, logits.topk(min(5, logits.shape[1])).indices)  # (B, 5)
+        loss = -logits.log_softmax(dim=1).masked_fill(~its_right, -math.inf).logsumexp(dim=1)
+        totals += torch.stack([hit[:, 0].sum(), hit.any(dim=1).sum(), loss.sum(), readable.sum()])
+    dist.all_reduce(totals)
+    top1, top5, loss = (totals[:3] / totals[3].clamp(min=1)).tolist()
+    top5 = dict(top5=100 * top5) if among.sum() > 5 else {}
+    return dict(top1=100 * top1, **top5, val_loss=loss), sorted(union(left_out))
+
+
 def read_classes(file_or_folder):
     """The names of a checkpoint's classes in their order: the lines of a text, or the folders in a folder, sorted."""
     check(os.path.exists(file_or_folder), f"there is no {file_or_folder}: --classes takes a text with a name a line, "
@@ -400,7 +448,7 @@ def validation_images(args, classes, num_classes):
         source = Drawings(500, args.image_size, seed=2)
         check(num_classes == 10 and (not classes or classes == source.classes), "without --data there is the "
               "demonstration alone, which has other classes than the checkpoint: give --data")
-        return source, everything, f"{num_classes} classes"
+        return source, everything, f"{num_classes} classes of drawings"
     folder = os.path.join(args.data, "val")
     folder = folder if os.path.isdir(folder) else args.data
     names = from_first_process(lambda: list_images(folder))
@@ -468,12 +516,13 @@ def predict(model, classes, args, device):
         for i, best, shares in zip(indices, found.indices.tolist(), found.values.tolist()):
             row = [f"{value}" for k, share in zip(best, shares) for value in (classes[k], f"{share:.4f}")]
             rows.append((i, *(["cannot be decoded"] if i in unreadable else row)))
-    rows = [[dataset.source.name(i), *row] for i, *row in sorted(gather(rows))]
+    check(not one or not union(unreadable), f"{args.data} cannot be decoded")
+    rows = [[dataset.source.name(i), *row] for i, *row in sorted(union(rows))]
     if process()[0] > 0:
         return
     if one:
         _, *row = rows[0]
-        print(", ".join(f"{name} {float(share):.1%}" for name, share in zip(row[::2], row[1::2])) or row[0])
+        print(", ".join(f"{name} {float(share):.1%}" for name, share in zip(row[::2], row[1::2])))
         return
     path = os.path.join(args.out, "predictions.csv")
     os.makedirs(args.out, exist_ok=True)
@@ -481,55 +530,6 @@ def predict(model, classes, args, device):
         header = (f"{what}_{k}" for k in range(1, 1 + most) for what in ("class", "probability"))
         csv.writer(file).writerows([["image", *header], *rows])
     print(f"{len(rows):,} images: {path}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Classes: images, and their augmentation
-
-
-def classified_images(args):
-    """The images to train on, those to evaluate on, as Images, and the names of the classes; or the demonstration's."""
-    if args.data:
-        classes, *names = from_first_process(lambda: find_images(args.data))
-        check(len(classes) > 1, f"{args.data}/train has one class alone, {classes[0]}: there is nothing to tell apart")
-        train, val = (ImageFiles(os.path.join(args.data, part), its_names, labels_of(its_names, classes))
-                      for part, its_names in zip(("train", "val"), names))
-    else:
-        train, val = Drawings(args.drawings, args.image_size, seed=1), Drawings(500, args.image_size, seed=2)
-        classes = train.classes
-    return (Images(train, train_transform(args), args.seed),
-            Images(val, eval_transform(args.image_size), replace=False), classes)
-
-
-def find_images(folder):
-    """The classes and the image names of train/ and val/ below a folder: (classes, train names, val names). Classes are
-    the folders of train/. Raises BadInput where a folder is missing or empty, or val/ has a class that train/ has not.
-    """
-    train, val = (list_images(os.path.join(folder, part)) for part in ("train", "val"))
-    classes = classes_of(train, os.path.join(folder, "train"))
-    unknown = sorted({*classes_of(val, os.path.join(folder, "val"))} - {*classes})
-    check(not unknown, f"{folder}/val has {len(unknown)} classes that {folder}/train has not, such as "
-                       f"{', '.join(unknown[:1])}: a class needs training images")
-    return classes, train, val
-
-
-def classes_of(names, folder):
-    """The class folders that images stand in, in order. Raises BadInput for an image that stands in none."""
-    loose = next((name for name in names if os.sep not in name), None)
-    check(not loose, f"{folder}/{loose} is in no class: images belong in {folder}/CLASS/")
-    return in_order({name.split(os.sep)[0] for name in names})
-
-
-def in_order(classes):
-    """Sorted, as numbers where all are: 2 before 10."""
-    classes = sorted(classes)
-    return sorted(classes, key=int if all(name.isdecimal() for name in classes) else None)
-
-
-def labels_of(names, classes):
-    """The label of each image: the place among the classes of the folder that it stands in."""
-    label = {name: i for i, name in enumerate(classes)}
-    return [label[name.split(os.sep)[0]] for name in names]
 
 
 def train_transform(args):
@@ -739,7 +739,7 @@ def evaluate_detector(model, dataset, args, device):
                 found.append(json.dumps(dict(
                     image_id=source.ids[i], category_id=source.categories[label - 1], score=score, bbox=box,
                     segmentation=dict(mask, counts=mask["counts"].decode()))))
-    found, left_out = sorted(gather(found)), sorted(gather(left_out))  # in one order, whichever process found them
+    found, left_out = sorted(union(found)), sorted(union(left_out))  # in one order, whichever process found them
     return from_first_process(lambda: average_precision(source, found, left_out)), left_out
 
 
@@ -867,7 +867,7 @@ def evaluate_segmenter(model, dataset, args, device):
     both, labelled = confusion.diag(), confusion.sum(dim=1)
     iou = both / (labelled + confusion.sum(dim=0) - both)
     miou, accuracy = iou.nanmean().item(), (both.sum() / labelled.sum()).item()
-    return dict(miou=100 * miou, pixel_accuracy=100 * accuracy), sorted(gather(left_out))
+    return dict(miou=100 * miou, pixel_accuracy=100 * accuracy), sorted(union(left_out))
 
 
 def slide(model, images, size):

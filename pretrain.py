@@ -1,12 +1,13 @@
 """Pretrain ARM by predicting the next cluster of an image (section 3.2; recipe: appendix of the ARM paper).
 
-    torchrun --standalone --nproc_per_node 1 pretrain.py                     # demonstration, a few minutes on a CPU
+    python pretrain.py                                                       # demonstration, a few minutes on a CPU
     torchrun --nproc_per_node 8 pretrain.py --data /data/imagenet            # the paper's ARM-B
     torchrun --nproc_per_node 8 pretrain.py --data /data/imagenet --model arm_large
 
-The defaults are the paper's recipe. A run goes to --out (last.pth, log.jsonl, predictions.png); the same command
-continues it. The order of the images and their crops are a function of seed, epoch and sample alone, and an
-interruption changes nothing of what is computed. What finetune.py needs, too, stands at the end, in chapters.
+The defaults are the paper's recipe; without --data, the demonstration's. A run goes to --out (last.pth, log.jsonl,
+predictions.png); the same command continues it. The order of the images and their crops are a function of seed, epoch
+and sample alone, and an interruption changes nothing of what is computed. What finetune.py needs, too, stands at the
+end, in chapters.
 """
 
 import argparse
@@ -47,35 +48,35 @@ RECIPES = {  # where the paper's recipe differs between models; of the demonstra
     "arm_large": dict(batch_size=1024),
     "arm_huge": dict(batch_size=512, epochs=800),
     "demo": dict(model="arm_tiny", image_size=48, patch_size=8, cluster_size=2, epochs=6, warmup_epochs=1,
-                 batch_size=64, blr=8e-3, workers=0, compile=0, drawings=1600, out="runs/demo_pretrain"),
+                 batch_size=64, blr=8e-3, workers=0, compile=0, out="runs/demo_pretrain"),
 }
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = make_parser(__doc__)
     flag = parser.add_argument
     flag("--data", help="images: train/CLASS/*, CLASS/* or just images. Without it, a demonstration on drawn images")
     flag("--init", help="weights to start from, a file or URL; without it, from scratch")
     flag("--out", default="runs/pretrain", help="where the run goes; one that is there is continued")
-    flag("--model", choices=MODELS, default="arm_base", help="size")
+    flag("--model", choices=MODELS, default="arm_base", help="size of the encoder")
     flag("--image_size", type=int, default=192, help="pixels")
     flag("--patch_size", type=int, default=16, help="pixels")
     flag("--cluster_size", type=int, default=4, help="patches along a cluster side")
     # What the paper's ablations vary
-    flag("--order", choices=ORDERS, default="row", help="in which clusters are read")
+    flag("--order", choices=ORDERS, default="row", help="order in which clusters are read")
     flag("--target", choices=["normalized", "raw"], default="normalized", help="pixels to predict")
     flag("--decoder_dim", type=int, help="width of the decoder, in 64s; by default 512, but at most the encoder's")
     flag("--decoder_depth", type=int, default=4, help="blocks of the decoder")
     flag("--objective", choices=["arm", "mae"], default="arm", help="predict the next cluster, or hidden patches")
     # Optimisation
     flag("--epochs", type=int, default=1600, help="passes over the images")
-    flag("--warmup_epochs", type=float, default=5, help="in which the learning rate rises")
+    flag("--warmup_epochs", type=float, default=5, help="epochs in which the learning rate rises")
     flag("--batch_size", type=int, default=2048, help="of all processes together")
     flag("--blr", type=float, default=1.5e-4, help="peak learning rate for a batch of 256")
-    flag("--weight_decay", type=float, default=0.05, help="of matrices")
+    flag("--weight_decay", type=float, default=0.05, help="of all but biases, norms, D and positions")
     flag("--clip_grad", type=float, default=3.0, help="largest gradient norm; inf for no clipping")
     flag("--seed", type=int, default=0, help="of all random choices")
-    flag("--drawings", type=int, default=1, help="images of the demonstration, which has 1,600")
+    flag("--drawings", type=int, default=1600, help="images of the demonstration")
     add_machine_flags(parser)
     args = parse_args(parser, RECIPES)
     check(args.objective == "arm" or args.order == "row", "--order is of clusters, which --objective mae has not")
@@ -113,17 +114,17 @@ def main():
     if run.checkpoint:
         model.load_state_dict(run.checkpoint["model"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
-    run.start(f"{args.model} from {args.init or 'scratch'}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    run.start(model)
 
     # Training
     batches = load(dataset, shuffled(len(dataset), args, run.step), args.workers, device)
     while run.step < args.epochs * run.steps_per_epoch:
         lr = learning_rate(run.step / run.steps_per_epoch, args)
-        torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of what --objective mae hides
+        torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of the patches that --objective mae hides
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accum_steps):
             images, _, unreadable = next(batches)
-            ddp.require_backward_grad_sync = micro_step == args.accum_steps - 1  # gradients are summed in the last
+            ddp.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP adds gradients up in the last
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = ddp(normalize(images, device))
             (loss / args.accum_steps).backward()
@@ -131,7 +132,7 @@ def main():
             run.unreadable += unreadable[unreadable >= 0].tolist()
         optimizer_step(ddp, optimizer, lr, step_loss, args.clip_grad)
 
-        if run.after_step(step_loss, lr):
+        if run.after_step(step_loss, lr):  # every step on CPUs; on GPUs every tenth, and at an epoch's end
             if run.epoch_ended:
                 run.log_epoch(lr=lr)
             if run.save_due:
@@ -146,8 +147,8 @@ def main():
 
 @torch.no_grad()
 def save_picture(path, model, dataset, device):
-    """Write a PNG of three rows: images; what of them is given, the first cluster and each patch's mean; and with it
-    what is predicted. The first cluster is framed.
+    """Write a PNG of three rows: images; what the model is given of them, the first cluster (framed) and each patch's
+    mean; its predictions.
     """
     n = min(8, len(dataset))
     images = normalize(torch.stack([dataset[0, i * len(dataset) // n][0] for i in range(n)]), device)
@@ -163,19 +164,20 @@ def save_picture(path, model, dataset, device):
         save_image(torch.where(frame, 1.0, pixels), path, nrow=n, pad_value=1)
 
 
+SMALL_DATA = (" --batch_size 32 --blr 8e-3 --epochs 50 --layer_decay 0.85 --drop_path 0 --mixup 0 --cutmix 0 "
+              "--augment 0 --erasing 0 --crop_scale 0.5 --ema_decay 0.99")
+
+
 def finetune_command(args, images):
-    """What to type next: the paper's recipe, or for fewer images the README's for small data."""
-    data = ""
+    """What to type next: the paper's recipe, or SMALL_DATA for fewer than 50,000 images."""
+    local_processes, data = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), ""
+    launcher = f"torchrun --standalone --nproc_per_node {local_processes}" if local_processes > 1 else "python"
     if args.data:
         labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
         data = f" --data {shlex.quote(labelled)}{SMALL_DATA if images < 50_000 else ''}"
     size = 224 if (args.image_size, args.patch_size) == (192, 16) else args.image_size  # as in the paper
-    return (f"torchrun --standalone --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)} finetune.py{data} --init "
-            f"{shlex.quote(args.out)}/last.pth --model {args.model} --image_size {size} --patch_size {args.patch_size}")
-
-
-SMALL_DATA = (" --batch_size 32 --blr 8e-3 --epochs 50 --layer_decay 0.85 --drop_path 0 --mixup 0 --cutmix 0 "
-              "--augment 0 --erasing 0 --crop_scale 0.5 --ema_decay 0.99")
+    return (f"{launcher} finetune.py{data} --init {shlex.quote(args.out)}/last.pth --model {args.model} "
+            f"--image_size {size} --patch_size {args.patch_size}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,11 +188,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
+def make_parser(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
+    return parser
+
+
 def add_machine_flags(parser):
     """The flags that may change when a run is continued: they say how it is computed, and not what (but for what is
     drawn or normalised for each micro-batch).
     """
-    parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
     flag = parser.add_argument_group("what may change when a run is continued").add_argument
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -205,7 +212,7 @@ def add_machine_flags(parser):
 
 
 MAY_CHANGE = {"data", "out", "workers", "accum_steps", "activation_checkpointing", "compile", "device", "resume",
-              "checkpoint_minutes", "eval_every"}
+              "checkpoint_minutes", "eval_every", "drawings"}
 DEFAULTS = {}  # of the flags, for checkpoints that do not know them all
 
 
@@ -242,24 +249,25 @@ def list_images(folder):
     """Relative paths of all images below a folder, sorted; what is passed over is told in one line. Links are followed,
     but no folder is read twice. Raises BadInput where there are no images, or a folder cannot be listed.
     """
-    def refuse(error):
-        raise BadInput(f"the folder {error.filename} cannot be listed: {error.strerror}")
-
-    def to_read(path):
-        name, real = os.path.basename(path), os.path.join(os.path.realpath(path), "")
-        # What a link into the folder itself leads to is met by its own name, too, which may be that of another class.
-        if name[0] == "." or name in OF_SYSTEMS or real in seen or os.path.islink(path) and real.startswith(top):
-            return False
-        seen.add(real)
-        return True
-
     check(os.path.isdir(folder), f"There is no folder {folder}: --data takes a folder of images, for finetuning and "
                                  f"evaluation one with train/CLASS/* and val/CLASS/*")
     top = os.path.join(os.path.realpath(folder), "")
-    images, others, empty, seen = [], [], [], {top}
+    images, others, empty, entered = [], [], [], {top}
+
+    def enter(path):
+        name, real = os.path.basename(path), os.path.join(os.path.realpath(path), "")
+        # What a link into the folder itself leads to is met by its own name, too, which may be that of another class.
+        if name[0] == "." or name in OF_SYSTEMS or real in entered or os.path.islink(path) and real.startswith(top):
+            return False
+        entered.add(real)
+        return True
+
+    def refuse(error):
+        raise BadInput(f"the folder {error.filename} cannot be listed: {error.strerror}")
+
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         below, before = os.path.relpath(root, folder), len(images)
-        folders[:] = [name for name in sorted(folders) if to_read(os.path.join(root, name))]
+        folders[:] = [name for name in sorted(folders) if enter(os.path.join(root, name))]
         for name in sorted(name for name in files if name[0] != "."):
             kind = images if name.lower().endswith(IMG_EXTENSIONS) else others
             kind.append(os.path.normpath(os.path.join(below, name)))
@@ -346,18 +354,18 @@ class Images(Dataset):
             return *self.transform(image, label), unreadable
 
 
-def shuffled(images, args, start):
+def shuffled(n, args, start):
     """This process's micro-batches, as lists of (epoch, index), from step `start` of the run to its end.
 
-    An epoch is a random order of all images, cut into global batches (what is left over is not seen in this epoch). A
+    An epoch is a random order of all n images, cut into global batches (what is left over is not seen in this epoch). A
     batch is cut into a share for each process, and a share into accum_steps micro-batches.
     """
     rank, processes = process()
-    steps = images // args.batch_size
+    steps = n // args.batch_size
     for step in range(start, args.epochs * steps):
         epoch, i = divmod(step, steps)
         if i == 0 or step == start:
-            order = torch.randperm(images, generator=torch.Generator().manual_seed(seed_of(args.seed, epoch)))
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(args.seed, epoch)))
         batch = order[i * args.batch_size : (i + 1) * args.batch_size]
         for micro_batch in batch.view(processes, args.accum_steps, -1)[rank].tolist():
             yield [(epoch, index) for index in micro_batch]
@@ -463,7 +471,7 @@ def prepare(model, args):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # which would cut the model in other places
-        torch._dynamo.config.recompile_limit = 64  # blocks share it: each rate of drop path is a version, each batch
+        torch._dynamo.config.recompile_limit = 64  # of what blocks share: a version for each batch and drop rate
         torch._functorch.config.activation_memory_budget = 0.9  # a quarter less memory for about 2% more time
         whole = process()[1] <= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) and not hasattr(model, "pyramid")
         mode = "reduce-overhead" if whole and args.accum_steps == 1 else None
@@ -496,12 +504,11 @@ class Run:
         self.first, self.steps_per_epoch = process()[0] == 0, len(source) // args.batch_size
         check(self.steps_per_epoch, f"--batch_size {args.batch_size} is more than the {len(source)} training images")
         from_first_process(self.open_log)
-        path = os.path.join(args.out, "last.pth")
-        path = path if os.path.exists(path) else args.resume or path
-        found = args.resume is not None or os.path.exists(path)
-        check(len(gather([found])) == 1, f"only some machines see {path}: --out must be a folder that all share")
-        self.checkpoint = read_checkpoint(path) if found else {}
-        if found:
+        last = os.path.join(args.out, "last.pth")
+        path = last if os.path.exists(last) else args.resume
+        check(len(union([path])) == 1, f"only some machines see {last}: --out must be a folder that all share")
+        self.checkpoint = read_checkpoint(path) if path else {}
+        if path:
             self.check_same_run(path, model)
         state = self.checkpoint.get("run", {})
         self.step = state.get("step", 0)
@@ -541,7 +548,7 @@ class Run:
         check(shapes == own, f"{path} is a checkpoint of another model: give another --out")
         check_order(model, found["model"], path)
 
-    def start(self, what):
+    def start(self, model, more=""):
         """Say what is trained, show the bar, take signals, and cut off the log what is computed again or damaged."""
         args, size = self.args, self.args.batch_size
         self.checkpoint = None  # which is large
@@ -559,8 +566,11 @@ class Run:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(os.path.join(args.out, "tensorboard"))
-            tqdm.write(f"{what}; {len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, "
-                       f"from step {self.step}; peak learning rate {args.blr * size / 256:.2g}; {process()[1]} x "
+            origin = "scratch" if args.init in (None, "none") else args.init
+            parameters = sum(p.numel() for p in model.parameters())
+            tqdm.write(f"{args.model}, begun from {origin}, {parameters:,} parameters{more}; "
+                       f"{len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, now at step "
+                       f"{self.step}; peak learning rate {args.blr * size / 256:.2g}; {process()[1]} x "
                        f"{self.device.type}; to {args.out}", file=sys.stderr)
         self.bar = tqdm(total=args.epochs * self.steps_per_epoch * size, initial=self.step * size, unit_scale=True,
                         bar_format="{desc}{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]",
@@ -586,8 +596,8 @@ class Run:
         if self.step % self.READ_EVERY[self.device.type] and not self.epoch_ended:
             return False
         losses, self.pending = torch.stack(self.pending).tolist(), []
-        for loss in losses:
-            self.dropped_in_row = 0 if math.isfinite(loss) else self.dropped_in_row + 1
+        for value in losses:
+            self.dropped_in_row = 0 if math.isfinite(value) else self.dropped_in_row + 1
             if self.dropped_in_row == self.MOST_DROPPED:
                 raise Stop(f"The loss was not finite {self.MOST_DROPPED} steps in a row, up to step {self.step}: the "
                            f"run stops, and its last checkpoint is as it was. A smaller --blr may help")
@@ -597,11 +607,11 @@ class Run:
         dist.all_reduce(flags)
         self.interrupted, late = (flags > 0).tolist()
         self.save_due = self.interrupted or late or self.step == args.epochs * self.steps_per_epoch
-        self.unreadable = sorted(gather(self.unreadable))
+        self.unreadable = sorted(union(self.unreadable))
         if len(self.unreadable) > self.MOST_UNREADABLE * len(source):
             raise Stop(f"{len(self.unreadable)} of {len(source)} images cannot be decoded, more than 1%, such as "
                        f"{', '.join(source.name(i) for i in self.unreadable[:3])}")
-        self.show(loss, lr)
+        self.show(losses[-1], lr)
         return True
 
     def show(self, loss, lr):
@@ -619,8 +629,9 @@ class Run:
         self.bar.update(self.step * size - self.bar.n)
 
     def log_epoch(self, **results):
-        """Write the epoch's line to log.jsonl and TensorBoard, and show it but for what is a dictionary or empty. It
-        names the files that could not be decoded. JSON has no NaN: null stands for it.
+        """Write the epoch's line to log.jsonl and TensorBoard, and show it but for what is a dictionary or empty: the
+        mean loss, the results, the files that could not be decoded, the rate of training alone, and the seconds of all.
+        JSON has no NaN: null stands for it.
         """
         taken = [loss for loss in self.losses if math.isfinite(loss)]
         images = (self.step - self.epoch_step) * self.args.batch_size
@@ -666,7 +677,7 @@ class Run:
         self.resumed_at = time.monotonic()
 
     def end(self, line):
-        """The last words, which are said to have trained only if it did."""
+        """The last line; "Done." only if this process trained."""
         self.bar.close()
         if self.first:
             print(f"{'Done.' if self.marks else 'Nothing is left to train.'} {line}")
@@ -719,7 +730,7 @@ def start_processes(args):
     return device
 
 
-def gather(mine):
+def union(mine):
     """The union of what the processes give."""
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, list(mine))

@@ -319,7 +319,7 @@ def evaluated(monkeypatch):
     logits of row k, and the protocol in words.
     """
     monkeypatch.setattr(finetune, "from_first_process", lambda compute: compute())
-    monkeypatch.setattr(finetune, "gather", lambda mine: mine)
+    monkeypatch.setattr(finetune, "union", lambda mine: mine)
     monkeypatch.setattr(finetune.dist, "all_reduce", lambda totals: None)
 
     def evaluate(folder, logits, classes=None, **flags):
