@@ -203,6 +203,7 @@ def dense_images(args):
 
 
 def dense_part(args, train):
+    """Those to train on, or those to evaluate on."""
     if args.task == "detect":
         kind, part = CocoFiles, "train2017" if train else "val2017"
         transform = functools.partial(jitter_objects if train else pad_to_square, args.image_size)
