@@ -125,7 +125,7 @@ def main():
     best, metric = run.checkpoint.get("best", {}), METRICS[args.task]
     steps, span = args.epochs * run.steps_per_epoch, 1 / max(1 - args.ema_decay, 1e-9)
     note = f"; the average of the weights spans {span:,.0f} steps, more than the run has" if span > steps else ""
-    run.start(model, f"{note}; {len(val_set):,} validation images, {len(classes)} classes")
+    run.start(f"{note}; {len(val_set):,} validation images, {len(classes)} classes")
 
     # Training
     batches = load(train_set, shuffled(len(train_set), args, run.step), args.workers, device)
@@ -144,8 +144,9 @@ def main():
                     loss = F.cross_entropy(ddp(images).float(), targets, label_smoothing=args.smoothing)
                 else:
                     loss = ddp(images, targets)
-            (loss / args.accum_steps).backward()
-            step_loss += loss.detach() / args.accum_steps
+            loss = loss / args.accum_steps
+            loss.backward()
+            step_loss += loss.detach()
             run.unreadable += unreadable[unreadable >= 0].tolist()
         optimizer_step(ddp, optimizer, lr, step_loss)
         if ema:
@@ -172,8 +173,10 @@ def main():
                     run.save("best.pth", **weights)
                 run.save(**weights, optimizer=optimizer.state_dict())
             run.continue_or_stop()
-    chance = f" (chance: {100 / len(classes):.3g}%)" if args.task == "classify" else ""
-    run.end(f"The best {metric} was {best[metric]:.2f}%{chance}, of {best['of']} after epoch {best['epoch']}: "
+    name, chance = metric, ""
+    if args.task == "classify":
+        name, chance = "top-1 accuracy", f" (chance: {100 / len(classes):.3g}%)"
+    run.end(f"The best {name} was {best[metric]:.2f}%{chance}, of {best['of']} after epoch {best['epoch']}: "
             f"{args.out}/best.pth; every epoch's results in {args.out}/log.jsonl.")
 
 
@@ -319,10 +322,11 @@ def evaluate_checkpoint(args, device):
         started = time.monotonic()
         results, left_out = evaluate_task(model, dataset, args, device, right)
         speed = len(dataset) / (time.monotonic() - started)
-        told = json.dumps(results)
         if args.task == "classify":
             top5 = f"top-5 {results['top5']:.2f}%, " if "top5" in results else ""
             told = f"top-1 {results['top1']:.2f}%, {top5}loss {results['val_loss']:.4f}"
+        else:
+            told = json.dumps(results)
         if process()[0] == 0:
             print(f"Evaluated at {speed:,.0f} images/s.")
             print(f"{'EMA' if ema else 'Model'}: {told} over {len(dataset) - len(left_out):,} images, {protocol}")
@@ -800,17 +804,18 @@ class SceneFiles(ImageFiles):
     classes = [str(k) for k in range(1, 151)]
 
     def __init__(self, folder, part):
-        images, annotations = (os.path.join(folder, kind, part) for kind in ("images", "annotations"))
-        names = list_images(images)
-        paths = [os.path.join(annotations, os.path.splitext(name)[0] + ".png") for name in names]
-        missing = next((path for path in paths if not os.path.exists(path)), None)
+        images, self.annotations = (os.path.join(folder, kind, part) for kind in ("images", "annotations"))
+        super().__init__(images, list_images(images))
+        missing = next((path for path in map(self.label_path, range(len(self))) if not os.path.exists(path)), None)
         check(not missing, f"there is no {missing}: --task segment takes a folder with ADE20K's images/ and "
                            f"annotations/, a PNG of labels for each image")
-        super().__init__(images, names, labels=paths)
+
+    def label_path(self, i):
+        return os.path.join(self.annotations, os.path.splitext(self.name(i))[0] + ".png")
 
     def __getitem__(self, i):
-        image, path = super().__getitem__(i)
-        with Image.open(path) as file:  # with a palette or without
+        image, _ = super().__getitem__(i)
+        with Image.open(self.label_path(i)) as file:  # with a palette or without
             labels = v2.functional.pil_to_tensor(file)[0] - 1  # (H, W), of bytes: 0 becomes 255
         check(labels.shape == image.shape[1:], "the labels have another size than the image")
         check(((labels < 150) | (labels == 255)).all(), "there are labels above 150")

@@ -114,7 +114,7 @@ def main():
     if run.checkpoint:
         model.load_state_dict(run.checkpoint["model"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
-    run.start(model)
+    run.start()
 
     # Training
     batches = load(dataset, shuffled(len(dataset), args, run.step), args.workers, device)
@@ -126,9 +126,9 @@ def main():
             images, _, unreadable = next(batches)
             ddp.require_backward_grad_sync = micro_step == args.accum_steps - 1  # DDP adds gradients up in the last
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = ddp(normalize(images, device))
-            (loss / args.accum_steps).backward()
-            step_loss += loss.detach() / args.accum_steps
+                loss = ddp(normalize(images, device)) / args.accum_steps
+            loss.backward()
+            step_loss += loss.detach()
             run.unreadable += unreadable[unreadable >= 0].tolist()
         optimizer_step(ddp, optimizer, lr, step_loss, args.clip_grad)
 
@@ -170,8 +170,9 @@ SMALL_DATA = (" --batch_size 32 --blr 8e-3 --epochs 50 --layer_decay 0.85 --drop
 
 def finetune_command(args, images):
     """What to type next: the paper's recipe, or SMALL_DATA for fewer than 50,000 images."""
-    local_processes, data = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), ""
-    launcher = f"torchrun --standalone --nproc_per_node {local_processes}" if local_processes > 1 else "python"
+    launcher, data = "python", ""
+    if process()[1] > 1:
+        launcher = f"torchrun --standalone --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', 1)}"
     if args.data:
         labelled = args.data if os.path.isdir(os.path.join(args.data, "val")) else "DIR_OF_train_AND_val"
         data = f" --data {shlex.quote(labelled)}{SMALL_DATA if images < 50_000 else ''}"
@@ -212,7 +213,7 @@ def add_machine_flags(parser):
 
 
 MAY_CHANGE = {"data", "out", "workers", "accum_steps", "activation_checkpointing", "compile", "device", "resume",
-              "checkpoint_minutes", "eval_every", "drawings"}
+              "checkpoint_minutes", "eval_every", "drawings"}  # the number of images is compared by itself
 DEFAULTS = {}  # of the flags, for checkpoints that do not know them all
 
 
@@ -500,7 +501,7 @@ class Run:
 
     def __init__(self, args, model, source, device, classes=()):
         """Locks --out and reads the checkpoint to continue from, if any. Raises BadInput where it is of another run."""
-        self.args, self.source, self.device, self.classes = args, source, device, list(classes)
+        self.args, self.model, self.source, self.device, self.classes = args, model, source, device, list(classes)
         self.first, self.steps_per_epoch = process()[0] == 0, len(source) // args.batch_size
         check(self.steps_per_epoch, f"--batch_size {args.batch_size} is more than the {len(source)} training images")
         from_first_process(self.open_log)
@@ -509,7 +510,7 @@ class Run:
         check(len(union([path])) == 1, f"only some machines see {last}: --out must be a folder that all share")
         self.checkpoint = read_checkpoint(path) if path else {}
         if path:
-            self.check_same_run(path, model)
+            self.check_same_run(path)
         state = self.checkpoint.get("run", {})
         self.step = state.get("step", 0)
         self.losses = state.get("losses", [])  # of the epoch so far
@@ -530,11 +531,11 @@ class Run:
             check(error.errno not in (errno.EAGAIN, errno.EACCES),  # else the file system has no locks
                   f"another run writes to --out {self.args.out}: wait for it, or give another")
 
-    def check_same_run(self, path, model):
+    def check_same_run(self, path):
         """Raises BadInput where a checkpoint is of another model, other arguments, images, or order of the tokens."""
-        found = self.checkpoint
+        found, own = self.checkpoint, {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         check("run" in found and "optimizer" in found, f"{path} is not a checkpoint that a run can continue from")
-        shapes, own = ({k: v.shape for k, v in weights.items()} for weights in (found["model"], model.state_dict()))
+        shapes = {name: tensor.shape for name, tensor in found["model"].items()}
         check(shapes.keys() == own.keys(), f"{path} is a checkpoint of another model: give another --out")
         for name, value in vars(self.args).items():
             made = found["args"].get(name, DEFAULTS.get(name))  # it may not know a flag that is new
@@ -546,9 +547,9 @@ class Run:
         check(not only_in_one, f"{path} was finetuned on {len(found['classes'])} classes, the images are of "
               f"{len(self.classes)}, and {min(only_in_one, default='')} is only among one of them: give another --out")
         check(shapes == own, f"{path} is a checkpoint of another model: give another --out")
-        check_order(model, found["model"], path)
+        check_order(self.model, found["model"], path)
 
-    def start(self, model, more=""):
+    def start(self, more=""):
         """Say what is trained, show the bar, take signals, and cut off the log what is computed again or damaged."""
         args, size = self.args, self.args.batch_size
         self.checkpoint = None  # which is large
@@ -567,10 +568,10 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
                 self.tensorboard = SummaryWriter(os.path.join(args.out, "tensorboard"))
             origin = "scratch" if args.init in (None, "none") else args.init
-            parameters = sum(p.numel() for p in model.parameters())
+            parameters = sum(p.numel() for p in self.model.parameters())
             tqdm.write(f"{args.model}, begun from {origin}, {parameters:,} parameters{more}; "
-                       f"{len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, now at step "
-                       f"{self.step}; peak learning rate {args.blr * size / 256:.2g}; {process()[1]} x "
+                       f"{len(self.source):,} images, {args.epochs} epochs of {self.steps_per_epoch} steps, "
+                       f"now at step {self.step}; peak learning rate {args.blr * size / 256:.2g}; {process()[1]} x "
                        f"{self.device.type}; to {args.out}", file=sys.stderr)
         self.bar = tqdm(total=args.epochs * self.steps_per_epoch * size, initial=self.step * size, unit_scale=True,
                         bar_format="{desc}{percentage:.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}{postfix}]",
@@ -603,11 +604,12 @@ class Run:
                            f"run stops, and its last checkpoint is as it was. A smaller --blr may help")
         self.losses += losses
         late = self.first and time.monotonic() - self.saved_at >= 60 * args.checkpoint_minutes
-        flags = torch.tensor([self.signalled, late], dtype=torch.float, device=self.device)
+        flags = torch.tensor([self.signalled, late, len(self.unreadable)], dtype=torch.float, device=self.device)
         dist.all_reduce(flags)
-        self.interrupted, late = (flags > 0).tolist()
+        self.interrupted, late, some_unreadable = (flags > 0).tolist()
         self.save_due = self.interrupted or late or self.step == args.epochs * self.steps_per_epoch
-        self.unreadable = sorted(union(self.unreadable))
+        if some_unreadable:
+            self.unreadable = sorted(union(self.unreadable))
         if len(self.unreadable) > self.MOST_UNREADABLE * len(source):
             raise Stop(f"{len(self.unreadable)} of {len(source)} images cannot be decoded, more than 1%, such as "
                        f"{', '.join(source.name(i) for i in self.unreadable[:3])}")
