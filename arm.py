@@ -116,12 +116,12 @@ class ARM(nn.Module):
                                                            f"multiple of 64, not {decoder_dim}")
         check(1 <= decoder_depth <= depth // 2 + 1, f"a decoder of {decoder_depth} blocks cannot tap an encoder of "
               f"{depth} from its middle to its end: choose 1 to {depth // 2 + 1}")
-        self.cluster_tokens = cluster_size**2
+        self.tokens_per_cluster = cluster_size**2
         self.register_buffer("order", order)  # (L,); kept in checkpoints: pretraining can go on in this order alone
         # mask[i, j]: may query i, of cluster 2 + cluster_of[i], look at feature j, of cluster 1 + cluster_of[j]? Yes,
         # where that is an earlier one. (That nothing else reaches a prediction is tested in tests/test_model.py:
         # test_nothing_of_a_cluster_reaches_its_own_prediction_or_an_earlier_one.)
-        cluster_of = torch.arange(len(order) - self.cluster_tokens) // self.cluster_tokens
+        cluster_of = torch.arange(len(order) - self.tokens_per_cluster) // self.tokens_per_cluster
         self.register_buffer("mask", cluster_of[None, :] <= cluster_of[:, None])  # (T, S)
 
         self.register_buffer("pos_embed", sincos_position(dim, grid)[None])  # (1, L, D)
@@ -146,8 +146,8 @@ class ARM(nn.Module):
         """images: (B, 3, H, W) -> pixels (B, T, P * P * 3), in the form of the targets, of the T tokens after the first
         cluster, in cluster order. Those of cluster k + 1 are computed from clusters 1..k alone.
         """
-        tapped = self.encode(images, self.order[: -self.cluster_tokens])  # nothing is predicted from the last cluster
-        return self.decode(tapped, self.order[self.cluster_tokens :], self.mask)
+        tapped = self.encode(images, self.order[: -self.tokens_per_cluster])  # from the last one nothing is predicted
+        return self.decode(tapped, self.order[self.tokens_per_cluster :], self.mask)
 
     def encode(self, images, order):
         """images: (B, 3, H, W) -> what each tapped block makes of the S patches in `order`: a list of (B, S, D)."""
@@ -175,7 +175,7 @@ class ARM(nn.Module):
         each minus its mean and over its spread; and those means and spreads, (B, T, 1) each. Raw pixels are left as
         they are, of mean 0 and spread 1.
         """
-        order = self.order[self.cluster_tokens :] if order is None else order
+        order = self.order[self.tokens_per_cluster :] if order is None else order
         patches = take(self.to_patches(images), order)  # (B, T, P * P * 3)
         if self.target == "raw":
             return patches, 0.0, 1.0
@@ -202,7 +202,7 @@ class ARM(nn.Module):
         """
         _, mean, spread = self.targets(images)
         patches = self.to_patches(images)  # (B, L, P * P * 3)
-        patches[:, self.order[self.cluster_tokens :]] = predicted.float() * spread + mean
+        patches[:, self.order[self.tokens_per_cluster :]] = predicted.float() * spread + mean
         return self.to_images(patches)
 
     def features(self, images):

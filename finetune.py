@@ -153,7 +153,8 @@ def main():
             ema.update_parameters(model)
 
         if run.after_step(step_loss, lr):  # every step on CPUs; on GPUs every tenth, and at an epoch's end
-            if run.epoch_ended and (run.epoch % args.eval_every == 0 or run.step == steps):
+            evaluated = run.epoch_ended and (run.epoch % args.eval_every == 0 or run.step == steps)
+            if evaluated:
                 results, left_out = evaluate_task(model, val_set, args, device)
                 ema_results, _ = evaluate_task(ema.module, val_set, args, device) if ema else ({}, None)
                 run.log_epoch(lr=lr, **results, **{f"ema_{name}": value for name, value in ema_results.items()},
@@ -162,14 +163,13 @@ def main():
                     if found and not found[metric] <= best.get(metric, -2):  # COCO's none is -1; or it is nan
                         best = {metric: found[metric], "of": name, "epoch": run.epoch}
                 if run.first and args.task != "classify":
-                    save = save_objects if args.task == "detect" else save_segments
-                    save(os.path.join(args.out, "predictions.png"), model, val_set, device)
+                    save_pictures(os.path.join(args.out, "predictions.png"), model, val_set, args, device)
             elif run.epoch_ended:
                 run.log_epoch(lr=lr)
-            if run.epoch_ended or run.save_due:
+            if evaluated or run.save_due:
                 average = dict(model_ema=ema.module.state_dict()) if ema else {}
                 weights = dict(model=model.state_dict(), **average, best=best)
-                if run.epoch_ended and best.get("epoch") == run.epoch:
+                if evaluated and best["epoch"] == run.epoch:
                     run.save("best.pth", **weights)
                 run.save(**weights, optimizer=optimizer.state_dict())
             run.continue_or_stop()
@@ -224,6 +224,22 @@ def evaluate_task(model, dataset, args, device, right=None):
         return evaluate_segmenter(model, dataset, args, device)
     right = torch.eye(model.head.out_features).bool() if right is None else right
     return evaluate(model, dataset, right, args, device)
+
+
+@torch.no_grad()
+def save_pictures(path, model, dataset, args, device):
+    """Write a PNG of eight validation images with what the model finds in them."""
+    pictures = []
+    model.eval()
+    for i in range(0, len(dataset), math.ceil(len(dataset) / 8)):
+        image, target, unreadable = dataset[0, i]
+        if unreadable < 0 and args.task == "detect":
+            pictures.append(draw_objects(model, image, dataset.source.classes, device))
+        elif unreadable < 0:
+            pictures.append(draw_segments(model, image, target, device))
+    model.train()
+    with writing(path):
+        save_image(pictures, path, nrow=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -769,26 +785,18 @@ def average_precision(source, found, left_out):
     return dict(box_AP=results["box"]["AP"], mask_AP=results["mask"]["AP"], **results)
 
 
-@torch.no_grad()
-def save_objects(path, model, dataset, device):
-    """Write a PNG of eight validation images with the objects found in them, those with a score of at least 0.5."""
-    pictures = []
-    model.eval()
-    for i in range(0, len(dataset), math.ceil(len(dataset) / 8)):
-        image, _, _ = dataset[0, i]  # (3, S, S)
-        found = model(normalize(image[None], device))[0]
-        found = {name: values[found["scores"] >= 0.5].cpu() for name, values in found.items()}
-        boxes, labels, scores = found["boxes"], found["labels"].tolist(), found["scores"].tolist()
-        if labels:
-            masks = paste_masks_in_image(found["masks"], boxes, image.shape[1:])[:, 0] > 0.5  # (n, S, S)
-            names = [f"{dataset.source.classes[k - 1]} {score:.0%}" for k, score in zip(labels, scores)]
-            colors = [f"hsl({137 * k % 360}, 100%, 60%)" for k in range(len(names))]
-            image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
-            image = draw_bounding_boxes(image, boxes, names, colors)
-        pictures.append(image / 255)
-    model.train()
-    with writing(path):
-        save_image(pictures, path, nrow=4)
+def draw_objects(model, image, classes, device):
+    """image: (3, S, S), with the objects found in it, those with a score of at least 0.5."""
+    found = model(normalize(image[None], device))[0]
+    found = {name: values[found["scores"] >= 0.5].cpu() for name, values in found.items()}
+    boxes, labels, scores = found["boxes"], found["labels"].tolist(), found["scores"].tolist()
+    if labels:
+        masks = paste_masks_in_image(found["masks"], boxes, image.shape[1:])[:, 0] > 0.5  # (n, S, S)
+        names = [f"{classes[k - 1]} {score:.0%}" for k, score in zip(labels, scores)]
+        colors = [f"hsl({137 * k % 360}, 100%, 60%)" for k in range(len(names))]
+        image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+        image = draw_bounding_boxes(image, boxes, names, colors)
+    return image / 255
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -890,22 +898,14 @@ def slide(model, images, size):
     return (logits / count)[..., :height, :width]
 
 
-@torch.no_grad()
-def save_segments(path, model, dataset, device):
-    """Write a PNG of the middles of eight validation images: image, prediction and labels side by side."""
-    size, pictures = model.patch_embed.image_size, []
-    colors = torch.rand(256, 3, generator=torch.Generator().manual_seed(0)).index_fill(0, torch.tensor(255), 0)
-    model.eval()
-    for i in range(0, len(dataset), math.ceil(len(dataset) / 8)):
-        image, labels, unreadable = dataset[0, i]
-        if unreadable < 0:
-            labels = v2.functional.resize(tv_tensors.Mask(labels[None]), image.shape[1:])
-            image, labels = (v2.functional.center_crop(t, size) for t in (image, labels))
-            predicted = model(normalize(image[None], device)).argmax(dim=1).cpu()  # (1, size, size)
-            pictures += [image / 255, *(colors[t[0].long()].movedim(2, 0) for t in (predicted, labels))]
-    model.train()
-    with writing(path):
-        save_image(pictures, path, nrow=6)
+def draw_segments(model, image, labels, device):
+    """The middle of an image, the classes found there and its labels, side by side: (3, S, 3 S)."""
+    size, colors = model.patch_embed.image_size, torch.rand(256, 3, generator=torch.Generator().manual_seed(0))
+    colors[255] = 0
+    labels = v2.functional.resize(tv_tensors.Mask(labels[None]), image.shape[1:])
+    image, labels = (v2.functional.center_crop(t, size) for t in (image, labels))
+    predicted = model(normalize(image[None], device)).argmax(dim=1).cpu()  # (1, S, S)
+    return torch.cat([image / 255, *(colors[t[0].long()].movedim(2, 0) for t in (predicted, labels))], dim=2)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def main():
     torch.manual_seed(args.seed)
     size, kind = MODELS[args.model], dict(arm=ARM, mae=MAE)[args.objective]
     model = kind(args.image_size, args.patch_size, args.cluster_size, **size, order=args.order, target=args.target,
-               decoder_dim=args.decoder_dim or min(512, size["dim"]), decoder_depth=args.decoder_depth,
-               seed=args.seed).to(device)
+                 decoder_dim=args.decoder_dim or min(512, size["dim"]), decoder_depth=args.decoder_depth,
+                 seed=args.seed).to(device)
     run = Run(args, model, source, device)
     if args.init and not run.checkpoint:
         from_first_process(lambda: load_weights(model, args.init))  # the others receive them from DDP
@@ -156,7 +156,7 @@ def save_picture(path, model, dataset, device):
     rows = [images, model.reconstruct(images, 0 * predicted), model.reconstruct(images, predicted)]
     mean, std = mean_and_std(device)
     pixels = (torch.cat(rows) * std + mean).clamp(0, 1)  # (3 n, 3, H, W)
-    first = torch.zeros_like(model.to_patches(pixels)).index_fill(1, model.order[: model.cluster_tokens], 1)
+    first = torch.zeros_like(model.to_patches(pixels)).index_fill(1, model.order[: model.tokens_per_cluster], 1)
     scale = max(1, 128 // images.shape[-1])
     pixels, first = (F.interpolate(t, scale_factor=scale) for t in (pixels, model.to_images(first)))
     frame = F.max_pool2d(first, 5, 1, 2) > first  # two pixels around it
@@ -715,10 +715,9 @@ def start_processes(args):
     """Join the process group (NCCL on GPUs, gloo on CPUs). Returns this process's torch.device."""
     (rank, processes), cuda = process(), args.device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if processes > 1 else 0
-    check(not cuda or torch.cuda.is_available(), "--device cuda needs a GPU that torch can see: use --device cpu")
-    local_processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    check(not cuda or processes == 1 or local_processes <= gpus, f"there are {local_processes} processes for {gpus} "
-                                                                 f"GPUs: give torchrun --nproc_per_node {gpus}")
+    here, gpus = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), torch.cuda.device_count()
+    check(not cuda or here <= gpus, f"--device cuda needs a GPU for each of {here} processes, and torch sees {gpus}: "
+                                    f"start fewer, or use --device cpu")
     device = torch.device(args.device, local_rank if cuda else None)
     kernels(device)  # ARM_SCAN may ask for what is not there
     if cuda:

@@ -336,7 +336,7 @@ def bench_step(args):
     """One process of bench_gpus."""
     device = start_processes(SimpleNamespace(device="cuda"))
     (kind, size, batch), processes = WORKS[args.work], dist.get_world_size()
-    workers = max(1, os.cpu_count() // processes)
+    workers = min(16, max(1, os.cpu_count() // processes))  # as the scripts have it
     torch.manual_seed(0)
     model = kind(size, **MODELS[args.work.split()[1]]).to(device)
     prepare(model, SimpleNamespace(compile=1, accum_steps=1, activation_checkpointing=False))
@@ -361,7 +361,13 @@ def bench_step(args):
     for _ in range(2 * workers):  # what was read ahead says nothing of the rate
         next(batches)
     loading, _ = seconds_each(lambda: next(batches), 2 * workers)
-    with_images, _ = seconds_each(lambda: step(normalize(next(batches)[0], device)), 2 * workers)
+
+    def step_with_images():
+        step(normalize(next(batches)[0], device))
+
+    for _ in range(4 * workers):  # until as much is read ahead as there will be
+        step_with_images()
+    with_images, _ = seconds_each(step_with_images, 4 * workers)
     if dist.get_rank() == 0:
         print(json.dumps(dict(steps=batch * processes / alone, no_sync=batch * processes / no_sync,
                               launch_ms=1000 * launching, images=batch * processes / with_images,

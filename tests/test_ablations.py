@@ -29,7 +29,7 @@ def test_orders_of_clusters_are_what_their_names_say():
 @pytest.mark.parametrize("cluster_size, units", [(1, 144), (2, 36), (3, 16), (4, 9), (6, 4)])
 def test_cluster_sizes_give_the_papers_numbers_of_prediction_units(cluster_size, units):
     model = small(cluster_size=cluster_size)
-    assert len(model.order) // model.cluster_tokens == units
+    assert len(model.order) // model.tokens_per_cluster == units
     assert model.predict(torch.randn(1, 3, 48, 48)).shape == (1, 144 - cluster_size**2, 48)
 
 
