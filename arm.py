@@ -386,8 +386,9 @@ class PatchEmbed(nn.Conv2d):
 
     def forward(self, images):
         """images: (B, 3, H, W) -> (B, L, D) in raster order."""
-        check(images.ndim == 4 and images.shape[1:] == (3, self.image_size, self.image_size), "this model reads images "
-              f"of shape (batch, 3, {self.image_size}, {self.image_size}), not {tuple(images.shape)}")
+        check(images.is_floating_point() and images.shape[1:] == (3, self.image_size, self.image_size), "this model "
+              f"reads normalised images of shape (batch, 3, {self.image_size}, {self.image_size}), not {images.dtype} "
+              f"of shape {tuple(images.shape)}")
         patches = images.unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1))  # (B, 3, rows, P, columns, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, L, 3 * P * P)
         return F.linear(patches, self.weight.flatten(1), self.bias)  # the convolution; faster on GPUs

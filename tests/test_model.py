@@ -499,8 +499,9 @@ def test_features_are_the_patch_tokens_as_a_map_and_pooling_is_of_them():
         features = model.features(images)
         assert features.shape == (2, 12, 12, 16)
         torch.testing.assert_close(model(images), model.head(features.flatten(1, 2).mean(1)))
-    with pytest.raises(ValueError, match=r"\(batch, 3, 48, 48\)"):
-        model(torch.randn(2, 3, 32, 32))
+    for wrong in (torch.randn(2, 3, 32, 32), images[0], images.byte()):
+        with pytest.raises(BadInput, match=r"reads normalised images of shape \(batch, 3, 48, 48\)"):
+            model(wrong)
 
 
 def test_stochastic_depth_follows_the_released_rates_and_keeps_the_mean():
