@@ -38,10 +38,10 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save
 from tqdm import tqdm
 
 from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, check, load_weights, read_checkpoint
-from pretrain import (MEAN, OF_SYSTEMS, Drawings, ImageFiles, Images, Run, add_machine_flags, end_with_a_sentence,
-                      from_first_process, learning_rate, list_images, load, make_parser, mean_and_std, normalize,
-                      optimizer_step, parameter_groups, parse_args, prepare, process, seed_of, shuffled,
-                      start_processes, union, writing)
+from pretrain import (MEAN, OF_SYSTEMS, Drawings, ImageFiles, Images, Run, end_with_a_sentence, from_first_process,
+                      learning_rate, list_images, load, make_parser, mean_and_std, normalize, optimizer_step,
+                      parameter_groups, parse_args, prepare, process, seed_of, shuffled, start_processes, union,
+                      writing)
 
 RECIPES = {  # where the paper's recipe differs between models; it gives none for arm_huge, which takes arm_large's
     "arm_large": dict(layer_decay=0.75, drop_path=0.3),
@@ -90,7 +90,6 @@ def get_args(**evaluated):
     flag("--augment", type=float, default=9, help="magnitude of RandAugment; 0 for none")
     flag("--erasing", type=float, default=0.25, help="probability of random erasing")
     flag("--drawings", type=int, default=160, help="images of the demonstration")
-    add_machine_flags(parser)
     return parse_task_args(parser, evaluated)
 
 
@@ -123,13 +122,16 @@ def main():
         if ema:
             ema.module.load_state_dict(run.checkpoint["model_ema"])
     best, metric = run.checkpoint.get("best", {}), METRICS[args.task]
+    evaluation = dict(classify=evaluate, detect=evaluate_detector, segment=evaluate_segmenter)[args.task]
     steps, span = args.epochs * run.steps_per_epoch, 1 / max(1 - args.ema_decay, 1e-9)
     note = f"; the average of the weights spans {span:,.0f} steps, more than the run has" if span > steps else ""
     run.start(f"{note}; {len(val_set):,} validation images, {len(classes)} classes")
 
     # Training
     batches = load(train_set, shuffled(len(train_set), args, run.step), args.workers, device)
-    mix = mixup_or_cutmix(args, len(classes))
+    mixes = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]  # (images, labels) -> (images, shares (B, classes))
+    mixes = [kind(alpha=alpha, num_classes=len(classes)) for kind, alpha in mixes if alpha]
+    mix = v2.RandomChoice(mixes or [v2.Identity()])
     while run.step < steps:
         lr = learning_rate(run.step / run.steps_per_epoch, args, args.min_lr, args.schedule)
         torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of mixing, stochastic depth and all in heads
@@ -155,8 +157,8 @@ def main():
         if run.after_step(step_loss, lr):  # every step on CPUs; on GPUs every tenth, and at an epoch's end
             evaluated = run.epoch_ended and (run.epoch % args.eval_every == 0 or run.step == steps)
             if evaluated:
-                results, left_out = evaluate_task(model, val_set, args, device)
-                ema_results, _ = evaluate_task(ema.module, val_set, args, device) if ema else ({}, None)
+                results, left_out = evaluation(model, val_set, args, device)
+                ema_results, _ = evaluation(ema.module, val_set, args, device) if ema else ({}, None)
                 run.log_epoch(lr=lr, **results, **{f"ema_{name}": value for name, value in ema_results.items()},
                               unreadable_val=[val_set.source.name(i) for i in left_out])
                 for name, found in (("the weights", results), ("their average", ema_results)):
@@ -214,16 +216,6 @@ def dense_part(args, train):
         kind, part = SceneFiles, "training" if train else "validation"
         transform = segmentation_augment(args.image_size) if train else functools.partial(resize_image, args.image_size)
     return Images(from_first_process(lambda: kind(args.data, part)), transform, args.seed, replace=train)
-
-
-def evaluate_task(model, dataset, args, device, right=None):
-    """The task's results, a dictionary, and the indices of images that could not be decoded and so were left out."""
-    if args.task == "detect":
-        return evaluate_detector(model, dataset, args, device)
-    if args.task == "segment":
-        return evaluate_segmenter(model, dataset, args, device)
-    right = torch.eye(model.head.out_features).bool() if right is None else right
-    return evaluate(model, dataset, right, args, device)
 
 
 @torch.no_grad()
@@ -330,13 +322,15 @@ def evaluate_checkpoint(args, device):
     if args.task == "classify":
         source, right, protocol = validation_images(args, classes, num_classes)
         dataset = Images(source, eval_transform(args.image_size), replace=False)
+        evaluation = functools.partial(evaluate, right=right)
     else:
-        dataset, right, protocol = dense_part(args, train=False), None, f"{num_classes} classes"
+        dataset, protocol = dense_part(args, train=False), f"{num_classes} classes"
+        evaluation = evaluate_detector if args.task == "detect" else evaluate_segmenter
         check(dataset.source.classes == classes, f"{path} was finetuned on other classes than those of {args.data}")
     for ema in (False, True) if made["has_ema"] else (False,):
         load_everywhere(model, path, ema)
         started = time.monotonic()
-        results, left_out = evaluate_task(model, dataset, args, device, right)
+        results, left_out = evaluation(model, dataset, args, device)
         speed = len(dataset) / (time.monotonic() - started)
         if args.task == "classify":
             top5 = f"top-5 {results['top5']:.2f}%, " if "top5" in results else ""
@@ -426,14 +420,15 @@ def labels_of(names, classes):
     return [label[name.split(os.sep)[0]] for name in names]
 
 
-def evaluate(model, dataset, right, args, device):
+def evaluate(model, dataset, args, device, right=None):
     """Top-1 and, of more than five classes, top-5 accuracy in percent and the mean cross-entropy, over every image once
     on any number of processes. Images that cannot be decoded are left out. Returns (results, indices left out).
 
-    right: (labels, classes), true where a class of the model's is right for a label of the data's. Predictions are
-    taken from the classes that are right for any label.
+    right: (labels, classes), true where a class of the model's is right for a label of the data's; without it, each
+    label is of its class. Predictions are taken from the classes that are right for any label.
     """
-    right, left_out = right.to(device), []
+    right, left_out = torch.eye(model.head.out_features).bool() if right is None else right, []
+    right = right.to(device)
     among, totals = right.any(dim=0), torch.zeros(4, dtype=torch.float64, device=device)
     for _, logits, labels in predictions(model, dataset, left_out, args, device):
         labels = labels.to(device)
@@ -531,7 +526,10 @@ def predict(model, classes, args, device):
     folder, name = os.path.split(args.data) if one else (args.data, "")
     names = [name] if one else from_first_process(lambda: list_images(folder))
     dataset = Images(ImageFiles(folder, names), eval_transform(args.image_size), replace=False)
-    most, rows, unreadable = min(5, len(classes)), [], []
+    path, most, rows, unreadable = os.path.join(args.out, "predictions.csv"), min(5, len(classes)), [], []
+    if not one:
+        with writing(path):  # which is better known now
+            os.makedirs(args.out, exist_ok=True)
     for indices, logits, _ in predictions(model, dataset, unreadable, args, device):
         found = logits.float().softmax(dim=1).topk(most)
         for i, best, shares in zip(indices, found.indices.tolist(), found.values.tolist()):
@@ -545,10 +543,8 @@ def predict(model, classes, args, device):
         _, *row = rows[0]
         print(", ".join(f"{name} {float(share):.1%}" for name, share in zip(row[::2], row[1::2])))
         return
-    path = os.path.join(args.out, "predictions.csv")
-    os.makedirs(args.out, exist_ok=True)
+    header = [f"{what}_{k}" for k in range(1, 1 + most) for what in ("class", "probability")]
     with writing(path), open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        header = (f"{what}_{k}" for k in range(1, 1 + most) for what in ("class", "probability"))
         csv.writer(file).writerows([["image", *header], *rows])
     print(f"{len(rows):,} images: {path}")
 
@@ -558,13 +554,6 @@ def train_transform(args):
     crop = v2.RandomResizedCrop(args.image_size, scale=(args.crop_scale, 1), interpolation=InterpolationMode.BICUBIC)
     augment = RandAugment(args.augment) if args.augment else v2.Identity()
     return v2.Compose([crop, v2.RandomHorizontalFlip(), augment, RandomErasing(args.erasing)])
-
-
-def mixup_or_cutmix(args, num_classes):
-    """What changes a batch: (images, labels) -> (images, labels, or their shares (B, classes))."""
-    mixes = [(v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)]
-    return v2.RandomChoice([kind(alpha=alpha, num_classes=num_classes) for kind, alpha in mixes if alpha]
-                           or [v2.Identity()])
 
 
 def eval_transform(image_size):
@@ -700,6 +689,7 @@ class CocoFiles(ImageFiles):
 
     def __getitem__(self, i):
         image, _ = super().__getitem__(i)
+        check(max(image.shape) <= 25 * min(image.shape[1:]), "of so long a strip nothing is left once it is resized")
         if not self.train:
             return image, {}
         labels, shapes = zip(*json.loads(self.objects[self.ends[i] : self.ends[i + 1]].tobytes()))
@@ -823,7 +813,9 @@ class SceneFiles(ImageFiles):
 
     def __getitem__(self, i):
         image, _ = super().__getitem__(i)
-        with Image.open(self.label_path(i)) as file:  # with a palette or without
+        check(max(image.shape) <= 25 * min(image.shape[1:]), "of so long a strip nothing is left once it is resized")
+        with Image.open(self.label_path(i)) as file:
+            check(file.mode in ("L", "P"), f"the labels are no bytes, one for each pixel, but of mode {file.mode}")
             labels = v2.functional.pil_to_tensor(file)[0] - 1  # (H, W), of bytes: 0 becomes 255
         check(labels.shape == image.shape[1:], "the labels have another size than the image")
         check(((labels < 150) | (labels == 255)).all(), "there are labels above 150")

@@ -77,7 +77,6 @@ def get_args():
     flag("--clip_grad", type=float, default=3.0, help="largest gradient norm; inf for no clipping")
     flag("--seed", type=int, default=0, help="of all random choices")
     flag("--drawings", type=int, default=1600, help="images of the demonstration")
-    add_machine_flags(parser)
     args = parse_args(parser, RECIPES)
     check(args.objective == "arm" or args.order == "row", "--order is of clusters, which --objective mae has not")
     check(args.clip_grad > 0, f"--clip_grad must be more than 0, not {args.clip_grad}; inf for no clipping")
@@ -118,6 +117,7 @@ def main():
 
     # Training
     batches = load(dataset, shuffled(len(dataset), args, run.step), args.workers, device)
+    picture = os.path.join(args.out, "predictions.png")
     while run.step < args.epochs * run.steps_per_epoch:
         lr = learning_rate(run.step / run.steps_per_epoch, args)
         torch.manual_seed(seed_of(args.seed, run.step, process()[0]))  # of the patches that --objective mae hides
@@ -138,10 +138,10 @@ def main():
             if run.save_due:
                 run.save(model=model.state_dict(), optimizer=optimizer.state_dict())
                 if run.first and args.objective == "arm" and not run.interrupted:
-                    save_picture(os.path.join(args.out, "predictions.png"), model, dataset, device)
+                    save_picture(picture, model, dataset, device)
             run.continue_or_stop()
-    picture = f", what they predict in {args.out}/predictions.png" if args.objective == "arm" else ""
-    run.end(f"Weights in {args.out}/last.pth{picture}.\n"
+    predicted = f", what they predict in {picture}" if os.path.exists(picture) else ""
+    run.end(f"Weights in {args.out}/last.pth{predicted}.\n"
             f"Next, finetune: {finetune_command(args, len(source))}")
 
 
@@ -190,15 +190,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def make_parser(description):
+    """A parser with the flags that may change when a run is continued: they say how it is computed, and not what (but
+    for what is drawn or normalised for each micro-batch).
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message}; python {parser.prog} --help tells what there is")
-    return parser
-
-
-def add_machine_flags(parser):
-    """The flags that may change when a run is continued: they say how it is computed, and not what (but for what is
-    drawn or normalised for each micro-batch).
-    """
     flag = parser.add_argument_group("what may change when a run is continued").add_argument
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -210,6 +206,7 @@ def add_machine_flags(parser):
     flag("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="what to train on")
     flag("--resume", help="a checkpoint to continue from where --out has no last.pth yet")
     flag("--checkpoint_minutes", type=float, default=10, help="at most so long between checkpoints")
+    return parser
 
 
 MAY_CHANGE = {"data", "out", "workers", "accum_steps", "activation_checkpointing", "compile", "device", "resume",
@@ -232,9 +229,6 @@ def parse_args(parser, recipes, **known):
         check(type(value) is not int or value >= least, f"--{name} must be at least {least}, not {value}")
     check(args.warmup_epochs < args.epochs, f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs "
                                             f"{args.epochs}: choose more epochs, or a shorter warm-up")
-    parts = process()[1] * args.accum_steps
-    check(args.batch_size % parts == 0, f"--batch_size {args.batch_size} does not divide into {process()[1]} processes "
-                                        f"x {args.accum_steps} --accum_steps: choose a multiple of {parts}")
     return args
 
 
@@ -485,11 +479,7 @@ def prepare(model, args):
 
 
 class Stop(Exception):
-    """Ends the run on every process, with a sentence and an exit code: 75 (EX_TEMPFAIL) interrupted, 1 any other."""
-
-    def __init__(self, sentence, code=1):
-        super().__init__(sentence)
-        self.code = code
+    """(sentence, exit code): ends the run on every process; 75 (EX_TEMPFAIL) is interrupted, 1 any other reason."""
 
 
 class Run:
@@ -504,6 +494,9 @@ class Run:
         self.args, self.model, self.source, self.device, self.classes = args, model, source, device, list(classes)
         self.first, self.steps_per_epoch = process()[0] == 0, len(source) // args.batch_size
         check(self.steps_per_epoch, f"--batch_size {args.batch_size} is more than the {len(source)} training images")
+        parts = process()[1] * args.accum_steps
+        check(args.batch_size % parts == 0, f"--batch_size {args.batch_size} does not divide into {process()[1]} "
+              f"processes x {args.accum_steps} --accum_steps: choose a multiple of {parts}")
         from_first_process(self.open_log)
         last = os.path.join(args.out, "last.pth")
         path = last if os.path.exists(last) else args.resume
@@ -601,7 +594,7 @@ class Run:
             self.dropped_in_row = 0 if math.isfinite(value) else self.dropped_in_row + 1
             if self.dropped_in_row == self.MOST_DROPPED:
                 raise Stop(f"The loss was not finite {self.MOST_DROPPED} steps in a row, up to step {self.step}: the "
-                           f"run stops, and its last checkpoint is as it was. A smaller --blr may help")
+                           f"run stops, and its last checkpoint is as it was. A smaller --blr may help", 1)
         self.losses += losses
         late = self.first and time.monotonic() - self.saved_at >= 60 * args.checkpoint_minutes
         flags = torch.tensor([self.signalled, late, len(self.unreadable)], dtype=torch.float, device=self.device)
@@ -612,7 +605,7 @@ class Run:
             self.unreadable = sorted(union(self.unreadable))
         if len(self.unreadable) > self.MOST_UNREADABLE * len(source):
             raise Stop(f"{len(self.unreadable)} of {len(source)} images cannot be decoded, more than 1%, such as "
-                       f"{', '.join(source.name(i) for i in self.unreadable[:3])}")
+                       f"{', '.join(source.name(i) for i in self.unreadable[:3])}", 1)
         self.show(losses[-1], lr)
         return True
 
@@ -690,13 +683,13 @@ def writing(path):
     """Ends the run with a sentence where a file cannot be written, and takes away what was begun beside it."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        if "DataLoader worker" in str(error):  # torch raises this wherever the process is when a worker dies
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it in a RuntimeError
+        if not isinstance(cause, OSError):
             raise
         with contextlib.suppress(OSError):
             os.remove(f"{path}.new")
-        raise Stop(f"Cannot write {path}: {getattr(error, 'strerror', None) or 'perhaps the disk is full'}. The "
-                   f"last checkpoint is as it was") from None
+        raise Stop(f"Cannot write {path}: {cause.strerror}. The last checkpoint is as it was", 1) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -765,9 +758,9 @@ def end_with_a_sentence(main):
         main()
         dist.destroy_process_group()
     except (BadInput, Stop) as error:
-        code = getattr(error, "code", 2)
+        sentence, code = error.args if isinstance(error, Stop) else (error, 2)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"\n{error}.", file=sys.stderr)
+            print(f"\n{sentence}.", file=sys.stderr)
         else:
             time.sleep(3)  # torchrun ends all processes as soon as one ends: let the first one speak
     except KeyboardInterrupt:

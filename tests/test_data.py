@@ -331,7 +331,7 @@ def evaluated(monkeypatch):
                                            accum_steps=1, workers=0), **flags))
         source, right, protocol = finetune.validation_images(args, classes, logits.shape[1])
         dataset = Images(source, eval_transform(8), replace=False)
-        results, left_out = finetune.evaluate(Stub(), dataset, right, args, CPU)
+        results, left_out = finetune.evaluate(Stub(), dataset, args, CPU, right)
         return dict(results, names=[source.name(i) for i in range(len(source))],
                     left_out=[source.name(i) for i in left_out]), protocol
 

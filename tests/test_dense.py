@@ -369,6 +369,21 @@ def test_what_cannot_be_decoded_is_replaced_or_left_out(coco, ade, tmp_path):
     (tmp_path / "ade/annotations/training/3.png").write_bytes(b"no image")
     dataset = Images(SceneFiles(str(tmp_path / "ade"), "training"), finetune.segmentation_augment(64))
     assert dataset[0, 3][2] == 3 and dataset[0, 2][2] == -1
+    Image.new("RGB", (96, 72)).save(tmp_path / "ade/annotations/training/2.png")  # of which channel, no one can know
+    assert dataset[0, 2][2] == 2 and dataset[0, 1][2] == -1
+
+
+def test_strips_of_which_resizing_leaves_nothing_are_replaced_or_left_out(coco, ade, tmp_path):
+    shutil.copytree(coco, tmp_path / "coco")
+    for part in ("train2017", "val2017"):
+        Image.new("RGB", (600, 4)).save(tmp_path / "coco" / part / "0.png")
+    *_, unreadable = Images(CocoFiles(str(tmp_path / "coco"), "train2017"), partial(finetune.jitter_objects, 64))[0, 0]
+    assert unreadable == 0 and val_of(tmp_path / "coco")[0, 0][2] == 0
+    shutil.copytree(ade, tmp_path / "ade")
+    Image.new("RGB", (6000, 1)).save(tmp_path / "ade/images/training/1.png")
+    Image.new("L", (6000, 1)).save(tmp_path / "ade/annotations/training/1.png")
+    dataset = Images(SceneFiles(str(tmp_path / "ade"), "training"), finetune.segmentation_augment(64))
+    assert dataset[0, 1][2] == 1
 
 
 # The runs

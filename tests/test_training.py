@@ -21,7 +21,8 @@ from soak import FINETUNE, PRETRAIN, TINY, log, results, survive
 
 import finetune
 import pretrain
-from pretrain import learning_rate
+from arm import BadInput
+from pretrain import Run, learning_rate
 
 
 def close(a, b, part="model"):
@@ -175,7 +176,7 @@ def test_evaluation_counts_every_image_once_and_leaves_out_the_unreadable(monkey
     monkeypatch.setattr(finetune, "union", lambda mine: mine)
     args = SimpleNamespace(batch_size=1, accum_steps=1, workers=0)
     right = torch.eye(7, dtype=torch.bool)
-    results, left_out = finetune.evaluate(Stub(), Data(), right, args, torch.device("cpu"))
+    results, left_out = finetune.evaluate(Stub(), Data(), args, torch.device("cpu"), right)
     assert left_out == [9]
     assert results["top1"] == pytest.approx(100 * 25 / 149)  # images 0, 6, 12, ...
     assert results["top5"] == pytest.approx(100 * 124 / 149)  # all but 5, 11, 17, ..., at place 6
@@ -444,8 +445,16 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(
     assert code == 75, output
     before = (tmp_path / "last.pth").read_bytes()
     code, output = script("pretrain", *arguments, before=small_disk)
-    assert code == 1 and f"Cannot write {tmp_path}/last.pth" in output and "Traceback" not in output, output
+    assert code == 1 and f"Cannot write {tmp_path}/last.pth: File too large" in output, output
+    assert "Traceback" not in output, output
     assert (tmp_path / "last.pth").read_bytes() == before and not (tmp_path / "last.pth.new").exists()
+
+
+def test_only_what_cannot_be_written_is_told_as_that(tmp_path):
+    with pytest.raises(RuntimeError, match="not of the disk"), pretrain.writing(tmp_path / "x"):
+        raise RuntimeError("not of the disk")
+    with pytest.raises(pretrain.Stop, match=r"Cannot write .*/x: Is a directory"), pretrain.writing(tmp_path / "x"):
+        open(tmp_path, "w")
 
 
 def stop_after_three_steps(module):
@@ -485,8 +494,28 @@ def test_a_finished_run_says_that_nothing_is_left_to_train(images, alone, tmp_pa
     shutil.copytree(alone(name, arguments), out)
     code, output = script(name, *arguments, "--data", images, "--out", out)
     assert code == 0 and "Nothing is left to train." in output and "Done" not in output, output
+    assert ("what they predict in" in output) == (name == "pretrain")
     assert results(out) == results(alone(name, arguments)) and same_weights(out / "last.pth", alone(
         name, arguments) / "last.pth")
+
+
+def stop_after_the_last_step(module):
+    continue_or_stop = module.Run.continue_or_stop
+
+    def stopping(self):
+        self.interrupted = self.step == self.args.epochs * self.steps_per_epoch
+        continue_or_stop(self)
+
+    module.Run.continue_or_stop = stopping
+    module.save_picture = lambda *_: None
+
+
+def test_a_run_promises_no_picture_that_there_is_not(images, tmp_path):
+    arguments = [*PRETRAIN, "--data", images, "--out", tmp_path]
+    code, output = script("pretrain", *arguments, before=stop_after_the_last_step)
+    assert code == 75, output
+    code, output = script("pretrain", *arguments)
+    assert code == 0 and f"Weights in {tmp_path}/last.pth.\n" in output, output
 
 
 def test_a_checkpoint_that_does_not_know_a_flag_has_its_default(images, alone, tmp_path):
@@ -1018,10 +1047,21 @@ def test_predictions_are_five_classes_by_name_for_each_image_of_a_folder_and_on_
     code, output = script("finetune", *arguments, "--data", tmp_path / "loose" / "red.png", "--out", tmp_path / "none")
     assert code == 0 and output.splitlines()[-1].startswith("red ") and output.splitlines()[-1].count("%") == 5, output
     assert not (tmp_path / "none").exists()
+    code, output = script("finetune", *arguments, "--data", tmp_path / "loose", "--out", "/proc/nothing")
+    assert code == 1 and "Cannot write /proc/nothing/predictions.csv" in output and "Traceback" not in output, output
 
 
 def evaluated(checkpoint, data, *arguments):
     return script("finetune", "--eval", checkpoint, "--data", data, "--device", "cpu", "--workers", 0, *arguments)
+
+
+def test_a_batch_size_that_processes_do_not_divide_is_refused_for_training_alone(monkeypatch):
+    monkeypatch.setattr(pretrain, "process", lambda: (0, 3))
+    monkeypatch.setattr("sys.argv", ["finetune.py", "--data", "x", "--eval", "best.pth"])
+    args = finetune.get_args()
+    assert args.batch_size == 1024
+    with pytest.raises(BadInput, match="--batch_size 1024 does not divide into 3 processes x 1 --accum_steps"):
+        Run(args, None, range(2000), torch.device("cpu"))
 
 
 def test_evaluation_of_some_classes_takes_predictions_from_them(colours, tmp_path):
