@@ -230,8 +230,9 @@ def save_pictures(path, model, dataset, args, device):
         elif unreadable < 0:
             pictures.append(draw_segments(model, image, target, device))
     model.train()
-    with writing(path):
-        save_image(pictures, path, nrow=2)
+    if pictures:
+        with writing(path):
+            save_image(pictures, path, nrow=2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

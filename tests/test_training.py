@@ -377,8 +377,8 @@ def one_process():
 
 def small_run(out):
     """A Run of ten epochs of 40 steps in this process."""
-    args = SimpleNamespace(model="none", batch_size=4, epochs=10, blr=1.0, out=str(out), init=None, resume=None,
-                           compile=0, checkpoint_minutes=60)
+    args = SimpleNamespace(model="none", batch_size=4, accum_steps=1, epochs=10, blr=1.0, out=str(out), init=None,
+                           resume=None, compile=0, checkpoint_minutes=60)
     return pretrain.Run(args, torch.nn.Linear(1, 1), pretrain.Drawings(160, 8, seed=0), torch.device("cpu"))
 
 
