@@ -527,10 +527,12 @@ def predict(model, classes, args, device):
     folder, name = os.path.split(args.data) if one else (args.data, "")
     names = [name] if one else from_first_process(lambda: list_images(folder))
     dataset = Images(ImageFiles(folder, names), eval_transform(args.image_size), replace=False)
-    path, most, rows, unreadable = os.path.join(args.out, "predictions.csv"), min(5, len(classes)), [], []
+    most, rows, unreadable = min(5, len(classes)), [], []
     if not one:
-        with writing(path):  # which is better known now
+        try:
             os.makedirs(args.out, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"cannot write to --out {args.out}: {error.strerror}") from None
     for indices, logits, _ in predictions(model, dataset, unreadable, args, device):
         found = logits.float().softmax(dim=1).topk(most)
         for i, best, shares in zip(indices, found.indices.tolist(), found.values.tolist()):
@@ -544,6 +546,7 @@ def predict(model, classes, args, device):
         _, *row = rows[0]
         print(", ".join(f"{name} {float(share):.1%}" for name, share in zip(row[::2], row[1::2])))
         return
+    path = os.path.join(args.out, "predictions.csv")
     header = [f"{what}_{k}" for k in range(1, 1 + most) for what in ("class", "probability")]
     with writing(path), open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([["image", *header], *rows])

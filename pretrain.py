@@ -689,7 +689,7 @@ def writing(path):
             raise
         with contextlib.suppress(OSError):
             os.remove(f"{path}.new")
-        raise Stop(f"Cannot write {path}: {cause.strerror}. The last checkpoint is as it was", 1) from None
+        raise Stop(f"Cannot write {path}: {cause.strerror or cause}. The last checkpoint is as it was", 1) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

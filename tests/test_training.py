@@ -1048,7 +1048,7 @@ def test_predictions_are_five_classes_by_name_for_each_image_of_a_folder_and_on_
     assert code == 0 and output.splitlines()[-1].startswith("red ") and output.splitlines()[-1].count("%") == 5, output
     assert not (tmp_path / "none").exists()
     code, output = script("finetune", *arguments, "--data", tmp_path / "loose", "--out", "/proc/nothing")
-    assert code == 1 and "Cannot write /proc/nothing/predictions.csv" in output and "Traceback" not in output, output
+    assert code == 2 and "cannot write to --out /proc/nothing" in output and "Traceback" not in output, output
 
 
 def evaluated(checkpoint, data, *arguments):
