@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from arm import MODELS, ARMClassifier, ARMDetector, ARMSegmenter, BadInput, check, load_weights, read_checkpoint
 from pretrain import (MEAN, OF_SYSTEMS, Drawings, ImageFiles, Images, Run, end_with_a_sentence, from_first_process,
-                      learning_rate, list_images, load, make_parser, mean_and_std, normalize, optimizer_step,
+                      learning_rate, list_images, load, make_parser, mean_and_std, normalize, open_in, optimizer_step,
                       parameter_groups, parse_args, prepare, process, seed_of, shuffled, start_processes, union,
                       writing)
 
@@ -122,7 +122,7 @@ def main():
         if ema:
             ema.module.load_state_dict(run.checkpoint["model_ema"])
     best, metric = run.checkpoint.get("best", {}), METRICS[args.task]
-    evaluation = dict(classify=evaluate, detect=evaluate_detector, segment=evaluate_segmenter)[args.task]
+    evaluation = evaluation_of(args.task)
     steps, span = args.epochs * run.steps_per_epoch, 1 / max(1 - args.ema_decay, 1e-9)
     note = f"; the average of the weights spans {span:,.0f} steps, more than the run has" if span > steps else ""
     run.start(f"{note}; {len(val_set):,} validation images, {len(classes)} classes")
@@ -199,6 +199,11 @@ def make_model(args, num_classes):
                 drop_path=args.drop_path, **of_classes)
 
 
+def evaluation_of(task):
+    """(model, dataset, args, device) -> (results, indices of images that cannot be decoded)."""
+    return dict(classify=evaluate, detect=evaluate_detector, segment=evaluate_segmenter)[task]
+
+
 def dense_images(args):
     """The images to train on and those to evaluate on, with objects or labels, as Images; and their classes."""
     train, val = dense_part(args, train=True), dense_part(args, train=False)
@@ -216,6 +221,11 @@ def dense_part(args, train):
         kind, part = SceneFiles, "training" if train else "validation"
         transform = segmentation_augment(args.image_size) if train else functools.partial(resize_image, args.image_size)
     return Images(from_first_process(lambda: kind(args.data, part)), transform, args.seed, replace=train)
+
+
+def check_no_strip(image):
+    """image: (3, H, W). Raises BadInput where one side is so short that nothing may be left of it once resized."""
+    check(max(image.shape) <= 25 * min(image.shape[1:]), "of so long a strip nothing is left once it is resized")
 
 
 @torch.no_grad()
@@ -320,13 +330,13 @@ def evaluate_checkpoint(args, device):
     if args.predict:
         load_everywhere(model, path, made["best_is_ema"])
         return predict(model, classes or range(num_classes), args, device)
+    evaluation = evaluation_of(args.task)
     if args.task == "classify":
         source, right, protocol = validation_images(args, classes, num_classes)
         dataset = Images(source, eval_transform(args.image_size), replace=False)
-        evaluation = functools.partial(evaluate, right=right)
+        evaluation = functools.partial(evaluation, right=right)
     else:
         dataset, protocol = dense_part(args, train=False), f"{num_classes} classes"
-        evaluation = evaluate_detector if args.task == "detect" else evaluate_segmenter
         check(dataset.source.classes == classes, f"{path} was finetuned on other classes than those of {args.data}")
     for ema in (False, True) if made["has_ema"] else (False,):
         load_everywhere(model, path, ema)
@@ -529,10 +539,7 @@ def predict(model, classes, args, device):
     dataset = Images(ImageFiles(folder, names), eval_transform(args.image_size), replace=False)
     most, rows, unreadable = min(5, len(classes)), [], []
     if not one:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"cannot write to --out {args.out}: {error.strerror}") from None
+        from_first_process(lambda: open_in(args.out, "predictions.csv").close())  # that it can be, before the work
     for indices, logits, _ in predictions(model, dataset, unreadable, args, device):
         found = logits.float().softmax(dim=1).topk(most)
         for i, best, shares in zip(indices, found.indices.tolist(), found.values.tolist()):
@@ -693,7 +700,7 @@ class CocoFiles(ImageFiles):
 
     def __getitem__(self, i):
         image, _ = super().__getitem__(i)
-        check(max(image.shape) <= 25 * min(image.shape[1:]), "of so long a strip nothing is left once it is resized")
+        check_no_strip(image)
         if not self.train:
             return image, {}
         labels, shapes = zip(*json.loads(self.objects[self.ends[i] : self.ends[i + 1]].tobytes()))
@@ -817,7 +824,7 @@ class SceneFiles(ImageFiles):
 
     def __getitem__(self, i):
         image, _ = super().__getitem__(i)
-        check(max(image.shape) <= 25 * min(image.shape[1:]), "of so long a strip nothing is left once it is resized")
+        check_no_strip(image)
         with Image.open(self.label_path(i)) as file:
             check(file.mode in ("L", "P"), f"the labels are no bytes, one for each pixel, but of mode {file.mode}")
             labels = v2.functional.pil_to_tensor(file)[0] - 1  # (H, W), of bytes: 0 becomes 255
@@ -894,14 +901,17 @@ def slide(model, images, size):
     return (logits / count)[..., :height, :width]
 
 
+PALETTE = torch.rand(256, 3, generator=torch.Generator().manual_seed(0))  # of the classes
+PALETTE[255] = 0  # no class
+
+
 def draw_segments(model, image, labels, device):
     """The middle of an image, the classes found there and its labels, side by side: (3, S, 3 S)."""
-    size, colors = model.patch_embed.image_size, torch.rand(256, 3, generator=torch.Generator().manual_seed(0))
-    colors[255] = 0
+    size = model.patch_embed.image_size
     labels = v2.functional.resize(tv_tensors.Mask(labels[None]), image.shape[1:])
     image, labels = (v2.functional.center_crop(t, size) for t in (image, labels))
     predicted = model(normalize(image[None], device)).argmax(dim=1).cpu()  # (1, S, S)
-    return torch.cat([image / 255, *(colors[t[0].long()].movedim(2, 0) for t in (predicted, labels))], dim=2)
+    return torch.cat([image / 255, *(PALETTE[t[0].long()].movedim(2, 0) for t in (predicted, labels))], dim=2)
 
 
 if __name__ == "__main__":

@@ -229,6 +229,9 @@ def parse_args(parser, recipes, **known):
         check(type(value) is not int or value >= least, f"--{name} must be at least {least}, not {value}")
     check(args.warmup_epochs < args.epochs, f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs "
                                             f"{args.epochs}: choose more epochs, or a shorter warm-up")
+    evaluating, parts = vars(args).get("eval") or vars(args).get("predict"), process()[1] * args.accum_steps
+    check(evaluating or args.batch_size % parts == 0, f"--batch_size {args.batch_size} does not divide into "
+          f"{process()[1]} processes x {args.accum_steps} --accum_steps: choose a multiple of {parts}")
     return args
 
 
@@ -494,9 +497,6 @@ class Run:
         self.args, self.model, self.source, self.device, self.classes = args, model, source, device, list(classes)
         self.first, self.steps_per_epoch = process()[0] == 0, len(source) // args.batch_size
         check(self.steps_per_epoch, f"--batch_size {args.batch_size} is more than the {len(source)} training images")
-        parts = process()[1] * args.accum_steps
-        check(args.batch_size % parts == 0, f"--batch_size {args.batch_size} does not divide into {process()[1]} "
-              f"processes x {args.accum_steps} --accum_steps: choose a multiple of {parts}")
         from_first_process(self.open_log)
         last = os.path.join(args.out, "last.pth")
         path = last if os.path.exists(last) else args.resume
@@ -513,11 +513,7 @@ class Run:
 
     def open_log(self):
         """Open log.jsonl and lock it while this process lives: one run writes to a folder."""
-        try:
-            os.makedirs(self.args.out, exist_ok=True)
-            self.log = open(os.path.join(self.args.out, "log.jsonl"), "a+b")
-        except OSError as error:
-            raise BadInput(f"cannot write to --out {self.args.out}: {error.strerror}") from None
+        self.log = open_in(self.args.out, "log.jsonl")
         try:
             fcntl.lockf(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -676,6 +672,15 @@ class Run:
         self.bar.close()
         if self.first:
             print(f"{'Done.' if self.marks else 'Nothing is left to train.'} {line}")
+
+
+def open_in(out, name):
+    """Open a file in --out to add to it; both are made where they are not. Raises BadInput where they cannot be."""
+    try:
+        os.makedirs(out, exist_ok=True)
+        return open(os.path.join(out, name), "a+b")
+    except OSError as error:
+        raise BadInput(f"cannot write to --out {out}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -42,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import arm  # noqa: E402
 from arm import ARM, MODELS, ARMClassifier, ARMDetector, ARMSegmenter  # noqa: E402
 from finetune import train_transform  # noqa: E402
-from pretrain import (ImageFiles, Images, list_images, load, normalize, optimizer_step, parameter_groups,  # noqa: E402
-                      prepare, start_processes)
+from pretrain import (ImageFiles, Images, list_images, load, make_parser, normalize, optimizer_step,  # noqa: E402
+                      parameter_groups, prepare, start_processes)
 
 
 def milliseconds(function, repeats):
@@ -336,7 +336,7 @@ def bench_step(args):
     """One process of bench_gpus."""
     device = start_processes(SimpleNamespace(device="cuda"))
     (kind, size, batch), processes = WORKS[args.work], dist.get_world_size()
-    workers = min(16, max(1, os.cpu_count() // processes))  # as the scripts have it
+    workers = make_parser(None).parse_args([]).workers  # as the scripts have it
     torch.manual_seed(0)
     model = kind(size, **MODELS[args.work.split()[1]]).to(device)
     prepare(model, SimpleNamespace(compile=1, accum_steps=1, activation_checkpointing=False))

@@ -22,7 +22,7 @@ from soak import FINETUNE, PRETRAIN, TINY, log, results, survive
 import finetune
 import pretrain
 from arm import BadInput
-from pretrain import Run, learning_rate
+from pretrain import learning_rate
 
 
 def close(a, b, part="model"):
@@ -377,8 +377,8 @@ def one_process():
 
 def small_run(out):
     """A Run of ten epochs of 40 steps in this process."""
-    args = SimpleNamespace(model="none", batch_size=4, accum_steps=1, epochs=10, blr=1.0, out=str(out), init=None,
-                           resume=None, compile=0, checkpoint_minutes=60)
+    args = SimpleNamespace(model="none", batch_size=4, epochs=10, blr=1.0, out=str(out), init=None, resume=None,
+                           compile=0, checkpoint_minutes=60)
     return pretrain.Run(args, torch.nn.Linear(1, 1), pretrain.Drawings(160, 8, seed=0), torch.device("cpu"))
 
 
@@ -1061,7 +1061,8 @@ def test_a_batch_size_that_processes_do_not_divide_is_refused_for_training_alone
     args = finetune.get_args()
     assert args.batch_size == 1024
     with pytest.raises(BadInput, match="--batch_size 1024 does not divide into 3 processes x 1 --accum_steps"):
-        Run(args, None, range(2000), torch.device("cpu"))
+        monkeypatch.setattr("sys.argv", ["finetune.py", "--data", "x"])
+        finetune.get_args()
 
 
 def test_evaluation_of_some_classes_takes_predictions_from_them(colours, tmp_path):
