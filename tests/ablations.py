@@ -18,6 +18,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from arm import ORDERS  # noqa: E402
+
 BOTH = ["--model", "arm_tiny", "--image_size", 96, "--patch_size", 8, "--batch_size", 512, "--blr", 1e-3,
         "--warmup_epochs", 1, "--compile", 0]
 PRETRAIN = ["--epochs", 5]
@@ -28,8 +32,7 @@ ROWS = {  # what is changed: flags of pretrain.py (None: not pretrained), flags 
     "no pretraining": (None, []),
     "masked prediction (MAE)": (["--objective", "mae"], []),
     **{f"clusters of {c}x{c}: {(12 // c) ** 2} units": (["--cluster_size", c], []) for c in (1, 2, 3, 6)},
-    **{f"order: {order}": (["--order", order], []) for order in
-       ("row_reversed", "column", "column_reversed", "random")},
+    **{f"order: {order}": (["--order", order], []) for order in ORDERS if order != "row"},
     "raw pixels": (["--target", "raw"], []),
     **{f"decoder blocks: {k}": (["--decoder_depth", k], []) for k in (1, 2)},
     **{f"directions in finetuning: {k}": ([], ["--directions", k]) for k in (1, 2)},
