@@ -1,6 +1,6 @@
 """Draw scenes, several of the demonstration's shapes in an image, as a COCO folder and as an ADE20K folder:
 python tests/scenes.py DIR [--images N] [--size S]. DIR/coco and DIR/ade20k then hold N images to train on and N / 8 to
-evaluate on, of S x S pixels. In DIR/ade20k classes 1 to 10 are the shapes, 11 is the background.
+evaluate on, of S x S pixels. In DIR/ade20k classes 1 to 10 are the shapes, 11 is the background (classes.txt).
 """
 
 import argparse
@@ -64,6 +64,7 @@ def write(folder, coco_part, ade_part, n, size, seed):
         Image.fromarray(labels).save(ade / "annotations" / ade_part / f"{i:06}.png")
     with open(coco / "annotations" / f"instances_{coco_part}.json", "w") as file:
         json.dump(dict(images=images, annotations=annotations, categories=categories), file)
+    (ade / "classes.txt").write_text("\n".join([*Drawings.classes, "background"]))
 
 
 def main():
