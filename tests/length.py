@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arm import ARM, MAE, MODELS, load_weights  # noqa: E402
-from finetune import eval_transform, files_of_classes  # noqa: E402
+from finetune import ClassFiles, eval_transform  # noqa: E402
 from pretrain import Samples, load, normalize  # noqa: E402
 
 SIZES = ["--image_size", 96, "--patch_size", 8]  # the paper's geometry: 12x12 patches, 3x3 clusters
@@ -152,12 +152,12 @@ def top1(folder, epochs):
 # Probes
 
 
-def read_all(folder, classes, workers):
+def read_all(folder, workers):
     """All images of a folder of classes, uint8 (images, 3, 96, 96), and their labels."""
-    source, classes = files_of_classes(folder, classes)
+    source = ClassFiles(str(folder))
     keys = [[(0, i) for i in range(start, min(start + 500, len(source)))] for start in range(0, len(source), 500)]
     batches = [*load(Samples(source, eval_transform(96)), keys, workers, torch.device("cpu"))]
-    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches]), classes
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
 def pretrained_model(checkpoint, objective, args):
@@ -218,8 +218,8 @@ def probe_all(args):
             if path.exists() or len(log(pretrained)) < n:
                 continue
             if data is None:
-                images, labels, classes = read_all(args.data / "train", None, args.workers * args.jobs)
-                val, val_labels, _ = read_all(args.data / "val", classes, args.workers * args.jobs)
+                images, labels = read_all(args.data / "train", args.workers * args.jobs)
+                val, val_labels = read_all(args.data / "val", args.workers * args.jobs)
                 data = images, labels.to(device), val, val_labels.to(device)
             images, labels, val, val_labels = data
             model = pretrained_model(pretrained / "last.pth" if objective else None, objective or "arm", args)
