@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import environment, script, weights, write_images
+from conftest import at_step, environment, script, weights, write_images
 from PIL import Image
 from soak import FINETUNE, PRETRAIN
 
@@ -25,19 +25,6 @@ import finetune
 import pretrain
 from arm import BadInput, read_checkpoint
 from pretrain import HOST, ImageFiles, Samples, list_images
-
-
-def at_step(n, do):
-    """Calls do() in the n-th step of a run's process."""
-    step, steps = torch.optim.AdamW.step, []
-
-    def counting(self):
-        step(self)
-        steps.append(1)
-        if len(steps) == n:
-            do()
-
-    torch.optim.AdamW.step = counting
 
 
 # Signals
