@@ -1,12 +1,13 @@
 """Does it pay to pretrain for longer? CIFAR-10 at 96x96 in patches of 8, an arm_small, no other images.
 
-    python tests/length.py cifar10 runs/length --choose     # which augmentation, on a tenth of train/, held out
-    python tests/length.py cifar10 runs/length --augmentation strong
+    python tests/length.py cifar10 runs/length --choose     # which augmentation, by a tenth of train/, held out
+    python tests/length.py cifar10 runs/length --augmentation middle
 
-The second command pretrains for 20, 60 and 200 epochs, each with a schedule of its own, and finetunes from each end;
-beside these stand the same finetuning from scratch, one from scratch for as many GPU seconds in all, and masked
-prediction (MAE) for as long. Each pretrained encoder is also probed as it is: by a linear classifier and the nearest
-neighbours of its features. It prints a table and draws OUT/length.png, for which matplotlib is needed.
+Pretraining reads all of train/, without labels; finetuning nine tenths of it; both commands share their runs. The
+second one pretrains for 20, 60 and 200 epochs, each with a schedule of its own, and finetunes from each end; beside
+these stand the same finetuning from scratch, one from scratch for as many GPU seconds in all, and masked prediction
+(MAE) for as long. Each pretrained encoder is also probed as it is: by a linear classifier and the nearest neighbours of
+its features. It prints the accuracies on val/ as a table and draws OUT/length.png, for which matplotlib is needed.
 
 It runs the two scripts on all GPUs, each run on --gpus of them, --jobs runs side by side. After --minutes, or stopped,
 it waits until all have saved; the same command continues them, and what has ended is not run again.
@@ -37,9 +38,8 @@ from finetune import ClassFiles, eval_transform  # noqa: E402
 from pretrain import Samples, load, normalize  # noqa: E402
 
 SIZES = ["--image_size", 96, "--patch_size", 8]  # the paper's geometry: 12x12 patches, 3x3 clusters
-FINETUNE = ["--layer_decay", 0.85, "--eval_every", 5]
+FINETUNE = ["--layer_decay", 0.85, "--ema_decay", 0, "--eval_every", 5]
 AUGMENTATIONS = {
-    "weak": ["--augment", 0, "--erasing", 0, "--mixup", 0, "--cutmix", 0, "--drop_path", 0, "--crop_scale", 0.5],
     "middle": ["--augment", 9, "--erasing", 0.25, "--mixup", 0, "--cutmix", 0, "--drop_path", 0.1, "--crop_scale", 0.4],
     "strong": ["--augment", 9, "--erasing", 0.25, "--mixup", 0.8, "--cutmix", 1, "--drop_path", 0.1, "--crop_scale",
                0.4],
@@ -131,21 +131,25 @@ def places(args, row, seed):
     return seed / name / "pretrain", seed / f"{name}" / f"finetune{epochs}_{args.augmentation}"
 
 
-def work(args, row, seed, gpus):
-    objective, n, epochs = rows(args)[row]
-    pretrained, finetuned = places(args, row, seed)
-    init = "none"
+def pretrain(args, row, seed, gpus):
+    objective, n, _ = rows(args)[row]
     if objective:
-        init = pretrained / "last.pth"
-        run("pretrain", gpus, args.data, pretrained, n, args, "--objective", objective, "--seed", seed)
-    run("finetune", gpus, args.data, finetuned, epochs, args, *FINETUNE, *AUGMENTATIONS[args.augmentation],
-        "--ema_decay", args.ema_decay, "--init", init, "--seed", seed)
-    print(f"seed {seed}, {row}: {top1(finetuned, epochs):.2f}%", file=sys.stderr, flush=True)
+        run("pretrain", gpus, args.data, places(args, row, seed)[0], n, args, "--objective", objective, "--seed", seed)
+
+
+def work(args, row, seed, gpus):
+    pretrain(args, row, seed, gpus)
+    objective, _, epochs = rows(args)[row]
+    pretrained, finetuned = places(args, row, seed)
+    init = pretrained / "last.pth" if objective else "none"
+    run("finetune", gpus, args.nine_tenths, finetuned, epochs, args, *FINETUNE, *AUGMENTATIONS[args.augmentation],
+        "--init", init, "--seed", seed)
+    print(f"seed {seed}, {row}, {args.augmentation}: {top1(finetuned, epochs):.2f}%", file=sys.stderr, flush=True)
 
 
 def top1(folder, epochs):
-    """Of the weights' average after the last epoch, in percent; None where it has not come to it."""
-    return next((entry["ema_top1"] for entry in log(folder) if entry["epoch"] == epochs), None)
+    """After the last epoch, in percent; None where it has not come to it."""
+    return next((entry["top1"] for entry in log(folder) if entry["epoch"] == epochs), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,36 +293,30 @@ def draw(args):
 
 
 def hold_out(data, folder):
-    """A folder as `data` is, of links to its train/ alone: every tenth image of a class in val/, the others in train/.
+    """Folders of links: train/ has nine of ten images of each class in data/train, held_out/ the tenth, val/ is data's.
     """
     for of_class in sorted((data / "train").iterdir()):
         for i, image in enumerate(sorted(of_class.iterdir())):
-            link = folder / ("val" if i % 10 == 0 else "train") / of_class.name / image.name
+            link = folder / ("held_out" if i % 10 == 0 else "train") / of_class.name / image.name
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to(image.resolve())
+    if not (folder / "val").is_symlink():
+        (folder / "val").symlink_to((data / "val").resolve())
     return folder
 
 
 def choose(args):
-    """Finetune with each augmentation on nine tenths of train/, from the shortest pretraining, which saw all of train/
-    without labels; and print what each makes of the last tenth.
-    """
-    held_out, n = hold_out(args.data, args.out / "held_out"), min(args.points)
-    pretrained = places(args, f"ARM, {n} epochs", 0)[0]
-    run_all([lambda gpus: run("pretrain", gpus, args.data, pretrained, n, args, "--objective", "arm", "--seed", 0)],
-            args)
-    folders = {name: args.out / "choose" / f"{name}{args.finetune_epochs}" for name in AUGMENTATIONS}
-
-    def candidate(name):
-        return lambda gpus: run("finetune", gpus, held_out, folders[name], args.finetune_epochs, args, *FINETUNE,
-                                *AUGMENTATIONS[name], "--ema_decay", args.ema_decay, "--init", pretrained / "last.pth",
-                                "--seed", 0)
-
-    run_all([candidate(name) for name in AUGMENTATIONS], args)
-    for name, folder in folders.items():
-        top = top1(folder, args.finetune_epochs)
-        print(f"{name}: {f'{top:.2f}% of the images held out' if top is not None else 'not yet'}")
+    """Finetune with each augmentation after the shortest pretraining; print what each makes of the images held out."""
+    row = f"ARM, {min(args.points)} epochs"
+    run_all([lambda gpus: pretrain(args, row, 0, gpus)], args)
+    kinds = [argparse.Namespace(**dict(vars(args), augmentation=name)) for name in AUGMENTATIONS]
+    run_all([functools.partial(work, kind, row, 0) for kind in kinds], args)
+    for kind in kinds:
+        weights = places(kind, row, 0)[1] / "last.pth"
+        command = [sys.executable, ROOT / "finetune.py", "--eval", weights, "--data", args.nine_tenths / "held_out"]
+        found = subprocess.run(list(map(str, command)), capture_output=True, text=True).stdout
+        print(f"{kind.augmentation}, images held out: {found.strip() or 'not yet'}")
 
 
 def main():
@@ -326,21 +324,21 @@ def main():
     flag = parser.add_argument
     flag("data", type=Path, help="train/CLASS/* and val/CLASS/*")
     flag("out", type=Path)
-    flag("--choose", action="store_true", help="finetune with each augmentation, on a tenth of train/ held out")
-    flag("--augmentation", choices=AUGMENTATIONS, default="strong")
+    flag("--choose", action="store_true", help="try each augmentation, by the images held out")
+    flag("--augmentation", choices=AUGMENTATIONS, default="middle")
     flag("--points", type=int, nargs="*", default=[20, 60, 200], help="epochs of pretraining")
     flag("--finetune_epochs", type=int, default=30)
-    flag("--cost", type=float, default=0.6, help="GPU seconds of an epoch of pretraining, in epochs of finetuning")
+    flag("--cost", type=float, default=0.66, help="GPU seconds of an epoch of pretraining, in epochs of finetuning")
     flag("--seeds", type=int, default=1)
     flag("--model", choices=MODELS, default="arm_small")
     flag("--batch_size", type=int, default=512)
-    flag("--ema_decay", type=float, default=0.999)
     flag("--compile", type=int, choices=[0, 1], default=int(torch.cuda.is_available()))
     flag("--gpus", type=int, default=1, help="of each run")
     flag("--jobs", type=int, default=1, help="runs side by side on these")
     flag("--workers", type=int, default=15, help="loader processes for each GPU of a run")
     flag("--minutes", type=float, default=1e4, help="after which to stop")
     args = parser.parse_args()
+    args.nine_tenths = hold_out(args.data, args.out / "nine_tenths")
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     timer = threading.Timer(60 * args.minutes, stop)
