@@ -315,8 +315,11 @@ def choose(args):
     for kind in kinds:
         weights = places(kind, row, 0)[1] / "last.pth"
         command = [sys.executable, ROOT / "finetune.py", "--eval", weights, "--data", args.nine_tenths / "held_out"]
+        if top1(weights.parent, args.finetune_epochs) is None:
+            print(f"{kind.augmentation}: not yet")
+            continue
         found = subprocess.run(list(map(str, command)), capture_output=True, text=True).stdout
-        print(f"{kind.augmentation}, images held out: {found.strip() or 'not yet'}")
+        print(f"{kind.augmentation}, images held out: {found.strip()}")
 
 
 def main():
