@@ -313,13 +313,12 @@ def choose(args):
     kinds = [argparse.Namespace(**dict(vars(args), augmentation=name)) for name in AUGMENTATIONS]
     run_all([functools.partial(work, kind, row, 0) for kind in kinds], args)
     for kind in kinds:
-        weights = places(kind, row, 0)[1] / "last.pth"
-        command = [sys.executable, ROOT / "finetune.py", "--eval", weights, "--data", args.nine_tenths / "held_out"]
-        if top1(weights.parent, args.finetune_epochs) is None:
-            print(f"{kind.augmentation}: not yet")
-            continue
-        found = subprocess.run(list(map(str, command)), capture_output=True, text=True).stdout
-        print(f"{kind.augmentation}, images held out: {found.strip()}")
+        finetuned, found = places(kind, row, 0)[1], "not yet"
+        if top1(finetuned, args.finetune_epochs) is not None:
+            command = [sys.executable, ROOT / "finetune.py", "--eval", finetuned / "last.pth", "--data",
+                       args.nine_tenths / "held_out"]
+            found = subprocess.run(list(map(str, command)), capture_output=True, text=True).stdout.strip()
+        print(f"{kind.augmentation}, images held out: {found}")
 
 
 def main():
