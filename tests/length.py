@@ -330,7 +330,7 @@ def main():
     flag("--augmentation", choices=AUGMENTATIONS, default="middle")
     flag("--points", type=int, nargs="*", default=[20, 60, 200], help="epochs of pretraining")
     flag("--finetune_epochs", type=int, default=30)
-    flag("--cost", type=float, default=0.66, help="GPU seconds of an epoch of pretraining, in epochs of finetuning")
+    flag("--cost", type=float, default=0.68, help="GPU seconds of an epoch of pretraining, in epochs of finetuning")
     flag("--seeds", type=int, default=1)
     flag("--model", choices=MODELS, default="arm_small")
     flag("--batch_size", type=int, default=512)
