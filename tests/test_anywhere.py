@@ -131,6 +131,7 @@ def test_loader_workers_end_soon_after_a_run_is_killed(images, tmp_path):
 
 @pytest.mark.parametrize("env, told", [
     (dict(SLURM_STEP_NUM_TASKS="2"), "srun started 2 tasks, none of which knows its RANK"),
+    (dict(OMPI_COMM_WORLD_SIZE="3"), "mpirun started 3 tasks, none of which knows its RANK"),
     (dict(environment(0, 2, 2), RANK="x"), "invalid literal for int() with base 10: 'x'"),
     (dict(environment(2, 2, 2)), "RANK is not below WORLD_SIZE"),
     (dict(environment(-1, 2, 2)), "RANK is not below WORLD_SIZE"),
