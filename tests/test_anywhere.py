@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import at_step, environment, script, weights, write_images
+from conftest import ROOT, at_step, environment, script, weights, write_images
 from PIL import Image
 from soak import FINETUNE, PRETRAIN
 
@@ -124,6 +125,16 @@ def test_loader_workers_end_soon_after_a_run_is_killed(images, tmp_path):
     while any(map(lives, pids)):
         assert time.monotonic() < end, pids
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError", "del batches"])
+def test_a_program_that_uses_the_loader_ends_whatever_is_left_of_it(end):
+    lines = ["import torch", "from pretrain import Drawings, Samples, load",
+             "data = Samples(Drawings(64, 32, seed=0), lambda image, label: (image, label))",
+             "batches = load(data, [[(0, i)] for i in range(64)], 2, torch.device('cpu'))", "next(batches)", end]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert run.stderr.splitlines()[-1:] == (["ValueError"] if "raise" in end else []), run.stderr
 
 
 # Launchers
