@@ -13,11 +13,12 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, at_step, environment, script, weights, write_images
+from conftest import ROOT, at_step, environment, free_port, script, weights, write_images
 from PIL import Image
 from soak import FINETUNE, PRETRAIN
 
@@ -59,6 +60,23 @@ def test_a_signal_to_a_run_and_its_loader_workers_is_told_saves_within_a_step_an
 def test_the_same_signal_twice_in_a_moment_is_one_signal(images, tmp_path):
     code, output = script("pretrain", *PRETRAIN, "--data", images, "--out", tmp_path, before=Send(signal.SIGINT, 2))
     assert code == 75 and output.count("SIGINT: the run is saved") == 1 and "Interrupted at step 3" in output, output
+
+
+def test_the_limit_of_cpu_time_which_is_told_each_second_is_one_signal(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    caught = pretrain.catch_signals()
+    for name, again in (("SIGXCPU", True), ("SIGTERM", False)):
+        caught.clear()
+        number = getattr(signal, name)
+        handlers[number](number, None)
+        caught[0] -= 3  # seconds
+        if again:
+            handlers[number](number, None)
+        else:
+            with pytest.raises(SystemExit):
+                handlers[number](number, None)
 
 
 def test_under_nohup_the_end_of_the_terminal_ends_nothing(images, tmp_path):
@@ -331,7 +349,8 @@ def lose_images(module):
 def test_a_loader_worker_tells_what_the_user_can_mend_in_one_sentence_whichever_process_it_is_of(tmp_path, workers):
     write_images(tmp_path / "data", 16)
     code, output = script("pretrain", *PRETRAIN, "--data", tmp_path / "data", "--workers", workers, "--out",
-                          tmp_path / "out", before=lose_images, env=dict(LOCAL_RANK="1"))
+                          tmp_path / "out", before=lose_images,
+                          env=dict(environment(0, 1, 1, free_port()), LOCAL_RANK="1"))
     told = [line for line in output.replace("\r", "\n").splitlines() if "No such file or directory" in line]
     assert code == 2 and len(told) == 1 and told[0].startswith("cannot read ") and HOST in told[0], output
     assert "Traceback" not in output and "Cannot decode" not in output, output
@@ -355,6 +374,26 @@ def test_a_rename_that_is_refused_is_told_with_both_names_and_keeps_the_old_and_
     sentence = re.search(f"cannot write {out}/last.pth: .*: '{out}/last.pth.new' -> '{out}/last.pth'", output)
     assert code == 1 and sentence and "Traceback" not in output, output
     assert (out / "last.pth").read_bytes() == old and weights(out / "last.pth.new", "step") > 3
+
+
+@pytest.mark.parametrize("number, code", [(errno.EINVAL, 0), (errno.ENOTSUP, 0), (errno.EIO, 1)])
+def test_a_disk_that_knows_no_fsync_will_do_and_one_that_fails_will_not(tmp_path, number, code):
+    with mock.patch("os.fsync", side_effect=OSError(number, os.strerror(number))):
+        if code:
+            with pytest.raises(SystemExit, match="cannot write .*a.json: .*Input/output error"):
+                pretrain.write_whole(str(tmp_path / "a.json"), lambda file: file.write(b"new"))
+        else:
+            pretrain.write_whole(str(tmp_path / "a.json"), lambda file: file.write(b"new"))
+    assert (tmp_path / "a.json").exists() == (code == 0)
+
+
+def test_a_run_inside_the_folder_of_images_adds_none_to_them(tmp_path):
+    write_images(tmp_path / "photos", 16)
+    arguments = [*PRETRAIN, "--data", tmp_path / "photos", "--out", tmp_path / "photos" / "runs" / "pretrain"]
+    for end in ("Done.", "Nothing is left to train."):
+        code, output = script("pretrain", *arguments, "--epochs", 2)
+        assert code == 0 and end in output, output
+    assert (tmp_path / "photos" / "runs" / "pretrain" / "predictions.png").exists()
 
 
 # Downloads
@@ -387,13 +426,27 @@ def test_a_download_that_is_broken_or_no_checkpoint_is_not_kept(site, tmp_path):
     torch.save(dict(step=3), tmp_path / "a.pth")
     good = (tmp_path / "a.pth").read_bytes()
     for site.content in (good[: len(good) // 2], b"<html>please log in</html>", b""):
-        with pytest.raises(BadInput, match="the download is removed, and the next run tries again"):
+        with pytest.raises(BadInput, match="its download .* is removed, and the next run tries again"):
             read_checkpoint(site.url)
         assert os.listdir(tmp_path / "home" / "hub" / "checkpoints") == []
     site.content = good
     assert read_checkpoint(site.url) == dict(step=3)
     site.content = b"gone"
     assert read_checkpoint(site.url) == dict(step=3)  # a good one is kept
+
+
+def test_a_download_that_fails_or_cannot_be_removed_is_told_in_a_sentence(site, monkeypatch):
+    for url in ("http://127.0.0.1:1/a.pth", "http://127.0.0.1:x/a.pth", f"{site.url}/\xe4.pth"):
+        with pytest.raises(BadInput, match="cannot download http://.*TORCH_HOME names another place"):
+            read_checkpoint(url)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    site.content = b"no checkpoint"
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(BadInput, match="is damaged: it cannot be read; where it may be, its download .*/arm-"):
+        read_checkpoint(site.url)
 
 
 def test_a_cache_that_cannot_be_written_is_told_by_the_name_of_its_variable(site, tmp_path):
