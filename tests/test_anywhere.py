@@ -145,9 +145,9 @@ def test_loader_workers_end_soon_after_a_run_is_killed(images, tmp_path):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("end", ["", "raise ValueError", "del batches"])
+@pytest.mark.parametrize("end", ["", "raise ValueError", "signal.signal(signal.SIGTERM, print); raise ValueError"])
 def test_a_program_that_uses_the_loader_ends_whatever_is_left_of_it(end):
-    lines = ["import torch", "from pretrain import Drawings, Samples, load",
+    lines = ["import signal, torch", "from pretrain import Drawings, Samples, load",
              "data = Samples(Drawings(64, 32, seed=0), lambda image, label: (image, label))",
              "batches = load(data, [[(0, i)] for i in range(64)], 2, torch.device('cpu'))", "next(batches)", end]
     command = [sys.executable, "-c", "\n".join(lines)]
@@ -387,6 +387,19 @@ def test_a_disk_that_knows_no_fsync_will_do_and_one_that_fails_will_not(tmp_path
     assert (tmp_path / "a.json").exists() == (code == 0)
 
 
+def test_what_is_told_of_a_failed_write_is_its_cause_and_what_is_no_failed_write_is_raised(tmp_path):
+    def by_pil(file):
+        try:
+            raise AttributeError("no fileno")
+        except AttributeError:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    with pytest.raises(SystemExit, match="cannot write .*a.png: .*File too large"):
+        pretrain.write_whole(str(tmp_path / "a.png"), by_pil)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        pretrain.write_whole(str(tmp_path / "last.pth"), lambda file: exec("raise RuntimeError('CUDA error')"))
+
+
 def test_a_run_inside_the_folder_of_images_adds_none_to_them(tmp_path):
     write_images(tmp_path / "photos", 16)
     arguments = [*PRETRAIN, "--data", tmp_path / "photos", "--out", tmp_path / "photos" / "runs" / "pretrain"]
@@ -394,6 +407,11 @@ def test_a_run_inside_the_folder_of_images_adds_none_to_them(tmp_path):
         code, output = script("pretrain", *arguments, "--epochs", 2)
         assert code == 0 and end in output, output
     assert (tmp_path / "photos" / "runs" / "pretrain" / "predictions.png").exists()
+    for name in ("last.pth", "predictions.png", "train/last.pth"):  # a photograph may be called so
+        (tmp_path / "alike" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "alike" / name).touch()
+    (tmp_path / "alike" / "train" / "a.png").touch()
+    assert list_images(tmp_path / "alike") == ["train/a.png"]
 
 
 # Downloads
@@ -426,7 +444,7 @@ def test_a_download_that_is_broken_or_no_checkpoint_is_not_kept(site, tmp_path):
     torch.save(dict(step=3), tmp_path / "a.pth")
     good = (tmp_path / "a.pth").read_bytes()
     for site.content in (good[: len(good) // 2], b"<html>please log in</html>", b""):
-        with pytest.raises(BadInput, match="its download .* is removed, and the next run tries again"):
+        with pytest.raises(BadInput, match="the download is removed, and the next run tries again"):
             read_checkpoint(site.url)
         assert os.listdir(tmp_path / "home" / "hub" / "checkpoints") == []
     site.content = good
@@ -436,7 +454,7 @@ def test_a_download_that_is_broken_or_no_checkpoint_is_not_kept(site, tmp_path):
 
 
 def test_a_download_that_fails_or_cannot_be_removed_is_told_in_a_sentence(site, monkeypatch):
-    for url in ("http://127.0.0.1:1/a.pth", "http://127.0.0.1:x/a.pth", f"{site.url}/\xe4.pth"):
+    for url in ("http://127.0.0.1:1/a.pth", "http://127.0.0.1:x/a.pth", f"{site.url}/\xe4.pth", f"{site.url}\udce4"):
         with pytest.raises(BadInput, match="cannot download http://.*TORCH_HOME names another place"):
             read_checkpoint(url)
 
@@ -445,7 +463,7 @@ def test_a_download_that_fails_or_cannot_be_removed_is_told_in_a_sentence(site, 
 
     site.content = b"no checkpoint"
     monkeypatch.setattr(os, "unlink", refuse)
-    with pytest.raises(BadInput, match="is damaged: it cannot be read; where it may be, its download .*/arm-"):
+    with pytest.raises(BadInput, match="is damaged: it cannot be read; remove its download, .*/arm-"):
         read_checkpoint(site.url)
 
 
