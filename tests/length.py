@@ -5,9 +5,10 @@
 
 Pretraining reads all of train/, without labels; finetuning nine tenths of it; both commands share their runs. The
 second one pretrains for 20, 60 and 200 epochs, each with a schedule of its own, and finetunes from each end; beside
-these stand the same finetuning from scratch, one from scratch for as many GPU seconds in all, and masked prediction
-(MAE) for as long. Each pretrained encoder is also probed as it is: by a linear classifier and the nearest neighbours of
-its features. It prints the accuracies on val/ as a table and draws OUT/length.png, for which matplotlib is needed.
+these stand masked prediction (MAE) for as many epochs, the same finetuning from scratch, and from scratch for as many
+GPU seconds as each of them took in all. Each pretrained encoder is also probed as it is: by a linear classifier and the
+nearest neighbours of its features. It prints the accuracies on val/ as a table and draws OUT/length.png, for which
+matplotlib is needed.
 
 It runs the two scripts on all GPUs, each run on --gpus of them, --jobs runs side by side. After --minutes, or stopped,
 it waits until all have saved; the same command continues them, and what has ended is not run again.
@@ -111,15 +112,18 @@ def log(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def as_long(n, args):
+    """Epochs of finetuning from scratch that take as many GPU seconds as n epochs of pretraining and the finetuning."""
+    return args.finetune_epochs + round(args.cost * n)
+
+
 def rows(args):
     """What is compared: name: (objective of pretraining or None, its epochs, epochs of finetuning)."""
     longest = max(args.points)
-    as_long = args.finetune_epochs + round(args.cost * longest)
     return {
         **{f"ARM, {n} epochs": ("arm", n, args.finetune_epochs) for n in sorted(args.points, reverse=True)},
-        "from scratch": (None, 0, args.finetune_epochs),
         f"MAE, {longest} epochs": ("mae", longest, args.finetune_epochs),
-        f"from scratch, for as many GPU seconds ({as_long} epochs)": (None, 0, as_long),
+        **{f"from scratch, {as_long(n, args)} epochs": (None, 0, as_long(n, args)) for n in sorted([0, *args.points])},
     }
 
 
@@ -260,26 +264,31 @@ def draw(args):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    names = {n: row for row, (objective, n, epochs) in rows(args).items()
-             if objective != "mae" and epochs == args.finetune_epochs}
-    mae, long_scratch = (row for row in rows(args) if row not in names.values())
+    mae = f"MAE, {max(args.points)} epochs"
+    scratch = {n: f"from scratch, {as_long(n, args)} epochs" for n in sorted([0, *args.points])}
+    arm = {n: f"ARM, {n} epochs" if n else scratch[0] for n in scratch}
+
+    def line(ax, found, name, seed, **style):
+        """A point for each n of which a value has been found; only those of the first seed are named."""
+        found = {n: value for n, value in found.items() if value is not None}
+        if found:
+            ax.plot([*found], [*found.values()], label=name if seed == 0 else None, alpha=1 / (1 + seed), **style)
+
     for seed in range(args.seeds):
-        style = dict(marker="o", alpha=1 / (1 + seed))
-        found = {n: top1(places(args, row, seed)[1], args.finetune_epochs) for n, row in sorted(names.items())}
-        found = {n: top for n, top in found.items() if top is not None}
-        axes[0].plot([*found], [*found.values()], color="C0", label="ARM" if seed == 0 else None, **style)
-        for row, x, color in ((mae, max(args.points), "C1"), (long_scratch, 0, "C2")):
-            top = top1(places(args, row, seed)[1], rows(args)[row][2])
-            if top is not None:
-                axes[0].plot([x], [top], color=color, linestyle="", label=row if seed == 0 else None, **style)
-        for name, title, color in (("linear", "linear probe", "C0"), ("knn", "20 nearest neighbours", "C3")):
-            found = {n: probes(args, row, seed).get(name) for n, row in sorted(names.items())}
-            found = {n: value for n, value in found.items() if value is not None}
-            axes[1].plot([*found], [*found.values()], color=color, label=title if seed == 0 else None, **style)
-            if name in probes(args, mae, seed):
-                axes[1].plot([max(args.points)], [probes(args, mae, seed)[name]], color=color, linestyle="",
-                             label=f"{title} after MAE" if seed == 0 else None, **dict(style, marker="x"))
-    axes[0].set(title=f"Finetuned for {args.finetune_epochs} epochs: top-1 accuracy, %")
+        def finetuned(row):
+            return top1(places(args, row, seed)[1], rows(args)[row][2])
+
+        line(axes[0], {n: finetuned(row) for n, row in arm.items()}, f"ARM, then {args.finetune_epochs} epochs", seed,
+             marker="o", color="C0")
+        line(axes[0], {n: finetuned(row) for n, row in scratch.items()}, "from scratch, for as many GPU seconds", seed,
+             marker="o", color="C2")
+        line(axes[0], {max(args.points): finetuned(mae)}, "MAE", seed, marker="x", color="C0", linestyle="")
+        for kind, name, color in (("linear", "linear probe", "C0"), ("knn", "20 nearest neighbours", "C3")):
+            line(axes[1], {n: probes(args, row, seed).get(kind) for n, row in arm.items()}, name, seed, marker="o",
+                 color=color)
+            line(axes[1], {max(args.points): probes(args, mae, seed).get(kind)}, f"{name} after MAE", seed, marker="x",
+                 color=color, linestyle="")
+    axes[0].set(title="Finetuned: top-1 accuracy, %")
     axes[1].set(title="As pretrained: top-1 accuracy, %")
     for ax in axes:
         ax.set_xlabel("epochs of pretraining")
