@@ -201,7 +201,7 @@ def test_a_process_takes_the_gpu_of_its_local_rank_or_the_one_that_it_sees(monke
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(pretrain, "kernels", lambda device: None)
+    monkeypatch.setattr(pretrain, "fused_mixer", lambda device: None)
     if device:
         assert str(pretrain.start_processes(SimpleNamespace(device="cuda"))) == device
     else:
