@@ -421,13 +421,14 @@ def test_a_run_inside_the_folder_of_images_adds_none_to_them(tmp_path):
 @pytest.fixture
 def site(monkeypatch, tmp_path):
     """A server of one file, whose content is site.content; torch's cache is a folder of its own."""
-    site = SimpleNamespace(content=b"")
+    site = SimpleNamespace(content=b"", pause=0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
             self.send_header("Content-Length", str(len(site.content)))
             self.end_headers()
+            time.sleep(site.pause)
             self.wfile.write(site.content)
 
         def log_message(self, *_):
@@ -466,6 +467,16 @@ def test_a_download_that_fails_or_cannot_be_removed_is_told_in_a_sentence(site, 
     monkeypatch.setattr(os, "unlink", refuse)
     with pytest.raises(BadInput, match="is damaged: it cannot be read; remove its download, .*/arm-"):
         read_checkpoint(site.url)
+
+
+def test_a_server_that_sends_nothing_for_a_minute_is_given_up(site, monkeypatch):
+    site.content, site.pause = b"late", 3
+    limits, limit = [], socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: limits.append(seconds) or limit(
+        seconds and seconds / 100))
+    with pytest.raises(BadInput, match="cannot download http://.*: timed out"):
+        read_checkpoint(site.url)
+    assert limits == [60, None]
 
 
 def test_a_cache_that_cannot_be_written_is_told_by_the_name_of_its_variable(site, tmp_path):
