@@ -174,6 +174,18 @@ def test_a_launch_that_is_half_told_or_wrong_is_refused_in_a_sentence_that_names
     assert code == 2 and told in output and "torchrun" in output and output.count("\n") == 1, output
 
 
+def fails_to_join(module):
+    def init_process_group(*_, **__):
+        raise RuntimeError("Unable to find address for: lo9")  # as gloo does
+    module.dist.init_process_group = init_process_group
+
+
+def test_an_error_in_joining_is_told_in_a_sentence(tmp_path):
+    code, output = script("pretrain", "--drawings", 64, "--out", tmp_path, before=fails_to_join)
+    assert code == 2 and "cannot join the other processes: Unable to find address" in output, output
+    assert "Traceback" not in output
+
+
 def test_a_port_in_use_is_told_in_a_sentence(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
